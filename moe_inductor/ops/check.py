@@ -1,0 +1,199 @@
+"""Arguments of the ops, checked: a wrong call is a named error with the shapes in it, never a wrong number.
+
+Two functions, by price.  ``check_experts_metadata`` looks at nothing that could be symbolic about the number
+of tokens, so the fake implementation may call it; ``check_experts_sizes`` compares sizes and runs in the
+kernels.  Both look at the first weight of each kind only: per-expert lists have hundreds of entries, and
+the kernels check the entries that they use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = ("silu",)
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+ID_DTYPES = (torch.int64, torch.int32)
+
+
+class Sizes(NamedTuple):
+    """Sizes of the experts.  ``inner_rows`` is 2I for concatenated gate and up, I otherwise."""
+
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    inner_rows: int
+    stacked: bool
+    concatenated: bool
+
+
+def _shape(tensor: Tensor) -> str:
+    return "[" + ", ".join(str(size) for size in tensor.shape) + "]"
+
+
+def _shapes(tensors: Sequence[Tensor]) -> str:
+    if not tensors:
+        return "nothing"
+    more = f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
+    return _shape(tensors[0]) + more
+
+
+def check_experts_metadata(
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_proj: Sequence[Tensor],
+    up_proj: Sequence[Tensor],
+    down_proj: Sequence[Tensor],
+    activation: str,
+    out_dtype: torch.dtype,
+) -> None:
+    """Ranks, dtypes, devices, list lengths.  Reads no size, so it adds no guard.
+
+    Raises:
+        ValueError: wrong rank, wrong number of weights, unknown activation, tensors on several devices.
+        TypeError: a dtype that the op does not take.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"fused_experts: activation must be one of {ACTIVATIONS}, got {activation!r}"
+        )
+    if hidden_states.dim() != 2:
+        raise ValueError(
+            f"fused_experts: hidden_states must be [T, H], got {_shape(hidden_states)}"
+        )
+    if topk_ids.dim() != 2 or topk_weights.dim() != 2:
+        raise ValueError(
+            "fused_experts: topk_ids and topk_weights must both be [T, k], got "
+            f"{_shape(topk_ids)} and {_shape(topk_weights)}"
+        )
+    if not gate_up_proj or not down_proj:
+        raise ValueError(
+            "fused_experts: gate_up_proj and down_proj must not be empty, got "
+            f"{_shapes(gate_up_proj)} and {_shapes(down_proj)}"
+        )
+    if len(down_proj) != len(gate_up_proj) or len(up_proj) not in (0, len(gate_up_proj)):
+        raise ValueError(
+            "fused_experts: one weight per expert and projection, or one stacked weight per projection; got "
+            f"{len(gate_up_proj)} gate_up_proj, {len(up_proj)} up_proj, {len(down_proj)} down_proj"
+        )
+    rank = gate_up_proj[0].dim()
+    if rank not in (2, 3) or (rank == 3 and len(gate_up_proj) != 1):
+        raise ValueError(
+            "fused_experts: weights must be E matrices or one [E, out, in] tensor per projection, got "
+            f"{_shapes(gate_up_proj)}"
+        )
+    if down_proj[0].dim() != rank or (up_proj and up_proj[0].dim() != rank):
+        raise ValueError(
+            "fused_experts: all projections must be stored in the same way, got gate_up_proj "
+            f"{_shapes(gate_up_proj)}, up_proj {_shapes(up_proj)}, down_proj {_shapes(down_proj)}"
+        )
+    dtype = hidden_states.dtype
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"fused_experts: hidden_states must be fp16, bf16, fp32 or fp64, got {dtype}"
+        )
+    if topk_ids.dtype not in ID_DTYPES:
+        raise TypeError(f"fused_experts: topk_ids must be int64 or int32, got {topk_ids.dtype}")
+    if topk_weights.dtype not in FLOAT_DTYPES or out_dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            "fused_experts: topk_weights and out_dtype must be fp16, bf16, fp32 or fp64, got "
+            f"{topk_weights.dtype} and {out_dtype}"
+        )
+    device = hidden_states.device
+    for name, weights in (
+        ("gate_up_proj", gate_up_proj),
+        ("up_proj", up_proj),
+        ("down_proj", down_proj),
+    ):
+        for weight in weights[:1]:
+            if weight.dtype != dtype:
+                raise TypeError(
+                    f"fused_experts: {name} is {weight.dtype} and hidden_states is {dtype}; they must agree"
+                )
+            if weight.device != device:
+                raise ValueError(
+                    f"fused_experts: {name} is on {weight.device}, hidden_states on {device}"
+                )
+    if topk_ids.device != device or topk_weights.device != device:
+        raise ValueError(
+            f"fused_experts: topk_ids on {topk_ids.device} and topk_weights on {topk_weights.device}, "
+            f"hidden_states on {device}"
+        )
+
+
+def check_experts_sizes(
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_proj: Sequence[Tensor],
+    up_proj: Sequence[Tensor],
+    down_proj: Sequence[Tensor],
+) -> Sizes:
+    """Sizes against each other.  Needs metadata that already passed ``check_experts_metadata``.
+
+    Raises:
+        ValueError: sizes that do not fit, with all shapes in the text.
+    """
+    first, down = gate_up_proj[0], down_proj[0]
+    stacked = first.dim() == 3
+    num_experts = first.shape[0] if stacked else len(gate_up_proj)
+    inner_rows, hidden_size = first.shape[-2:]
+    concatenated = not up_proj
+    intermediate_size = inner_rows // 2 if concatenated else inner_rows
+    good = (
+        topk_ids.shape == topk_weights.shape
+        and topk_ids.shape[0] == hidden_states.shape[0]
+        and hidden_states.shape[1] == hidden_size
+        and tuple(down.shape[-2:]) == (hidden_size, intermediate_size)
+        and (not concatenated or inner_rows % 2 == 0)
+        and (concatenated or up_proj[0].shape == first.shape)
+        and (not stacked or down.shape[0] == num_experts)
+    )
+    if not good:
+        inner = "[2I, H]" if concatenated else "[I, H]"
+        raise ValueError(
+            "fused_experts: sizes do not fit.  Wanted hidden_states [T, H], topk_ids and topk_weights [T, k], "
+            f"gate_up_proj {inner}, down_proj [H, I], each with E in front when stacked; got hidden_states "
+            f"{_shape(hidden_states)}, topk_ids {_shape(topk_ids)}, topk_weights {_shape(topk_weights)}, "
+            f"gate_up_proj {_shapes(gate_up_proj)}, up_proj {_shapes(up_proj)}, down_proj {_shapes(down_proj)}"
+        )
+    return Sizes(num_experts, hidden_size, intermediate_size, inner_rows, stacked, concatenated)
+
+
+def check_expert(expert: int, name: str, weight: Tensor, wanted: tuple[int, int]) -> None:
+    """One entry of a per-expert list against the first one.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    if weight.shape != wanted:
+        raise ValueError(
+            f"fused_experts: {name} of expert {expert} is {_shape(weight)}, of expert 0 {list(wanted)}"
+        )
+
+
+def check_routing(router_logits: Tensor, k: int, weights_dtype: torch.dtype) -> None:
+    """Arguments of ``topk_routing``.
+
+    Raises:
+        ValueError: wrong rank, or k outside 1..E.
+        TypeError: a dtype that the op does not take.
+    """
+    if router_logits.dim() != 2:
+        raise ValueError(
+            f"topk_routing: router_logits must be [T, E], got {_shape(router_logits)}"
+        )
+    if router_logits.dtype not in FLOAT_DTYPES or weights_dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            "topk_routing: router_logits and weights_dtype must be fp16, bf16, fp32 or fp64, got "
+            f"{router_logits.dtype} and {weights_dtype}"
+        )
+    if not 1 <= k <= router_logits.shape[1]:
+        raise ValueError(
+            f"topk_routing: k must be in 1..{router_logits.shape[1]}, got {k}, "
+            f"with router_logits {_shape(router_logits)}"
+        )
