@@ -1,0 +1,269 @@
+"""Group the T*k slots by expert and pad each expert to whole row blocks of BLOCK_M.
+
+    array                    shape              dtype  written by      read by
+    topk_ids                 T*k                int    caller          _align_*, _count_experts
+    chunk_counts             chunks, PADDED_E   int32  _count_experts  _align_large
+    sorted_token_ids         max_blocks*BM      int32  _align_*        gate_up, down
+    expert_ids               max_blocks         int32  _align_*        gate_up, down
+    num_tokens_post_padded   1                  int32  _align_*        gate_up, down
+
+``sorted_token_ids`` holds slot numbers, expert after expert, ascending inside an expert (so every run is the
+same); padding holds the number of slots, T*k.  Row block b (rows b*BM..) belongs to ``expert_ids[b]``.  Only the
+first ``num_tokens_post_padded`` rows and their blocks are written; kernels must not look further.  A slot whose id
+is outside [0, E) appears nowhere.
+
+Few slots: one program per expert, each counts all slots for itself, so that one launch is enough.
+Many slots: programs count chunks first, then place their own chunk.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import launch
+
+SMALL_SLOTS = 2048  # up to here every program reads all ids; beyond, chunks are counted first
+CHUNK = 1024
+RANK_BLOCK = 128  # slots ranked at a time by comparing all pairs
+
+
+class Alignment(NamedTuple):
+    sorted_token_ids: torch.Tensor
+    expert_ids: torch.Tensor
+    num_tokens_post_padded: torch.Tensor
+
+
+@triton.jit
+def _load_experts(topk_ids_ptr, slots, num_slots, E, PADDED_E: tl.constexpr):
+    """Expert of each slot; everything without an expert goes to the last bin, which is no expert's."""
+    expert = tl.load(topk_ids_ptr + slots, mask=slots < num_slots, other=-1).to(tl.int32)
+    return tl.where((expert >= 0) & (expert < E), expert, PADDED_E - 1)
+
+
+@triton.jit
+def _block_starts(counts, E, PADDED_E: tl.constexpr, BLOCK_M: tl.constexpr):
+    """``(blocks, ends)`` per expert: how many row blocks it has, and the inclusive prefix sum of them."""
+    is_expert = tl.arange(0, PADDED_E) < E
+    blocks = tl.where(is_expert, (counts + BLOCK_M - 1) // BLOCK_M, 0)
+    return blocks, tl.cumsum(blocks, 0)
+
+
+@triton.jit
+def _pick(vector, index, SIZE: tl.constexpr):
+    return tl.sum(tl.where(tl.arange(0, SIZE) == index, vector, 0), 0)
+
+
+@triton.jit
+def _finish_expert(
+    expert,
+    first_block,
+    num_blocks,
+    count,
+    sorted_token_ids_ptr,
+    expert_ids_ptr,
+    num_slots,
+    BLOCK_M: tl.constexpr,
+    FILL: tl.constexpr,
+):
+    """Write one expert's ``expert_ids`` and the padding behind its slots."""
+    for start in range(0, num_blocks, FILL):
+        block = start + tl.arange(0, FILL)
+        tl.store(expert_ids_ptr + first_block + block, expert, mask=block < num_blocks)
+    row = (num_blocks - 1) * BLOCK_M + tl.arange(0, BLOCK_M)  # only the last block has padding
+    rows = first_block * BLOCK_M + row
+    # Without blocks, every ``row`` is negative and nothing is stored.
+    tl.store(sorted_token_ids_ptr + rows, num_slots, mask=row >= count)
+
+
+@triton.jit
+def _align_small(
+    topk_ids_ptr,
+    sorted_token_ids_ptr,
+    expert_ids_ptr,
+    num_tokens_post_padded_ptr,
+    num_slots,
+    E,
+    PADDED_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FILL: tl.constexpr,
+):
+    expert = tl.program_id(0)
+    counts = tl.zeros((PADDED_E,), tl.int32)
+    for start in range(0, num_slots, BLOCK):
+        slots = start + tl.arange(0, BLOCK)
+        counts += tl.histogram(_load_experts(topk_ids_ptr, slots, num_slots, E, PADDED_E), PADDED_E)
+    blocks, ends = _block_starts(counts, E, PADDED_E, BLOCK_M)
+    num_blocks = _pick(blocks, expert, PADDED_E)
+    first_block = _pick(ends, expert, PADDED_E) - num_blocks
+    count = _pick(counts, expert, PADDED_E)
+    if expert == 0:
+        tl.store(num_tokens_post_padded_ptr, tl.sum(blocks, 0) * BLOCK_M)
+    if num_blocks > 0:
+        _finish_expert(
+            expert,
+            first_block,
+            num_blocks,
+            count,
+            sorted_token_ids_ptr,
+            expert_ids_ptr,
+            num_slots,
+            BLOCK_M,
+            FILL,
+        )
+        row = first_block * BLOCK_M
+        for start in range(0, num_slots, BLOCK):
+            slots = start + tl.arange(0, BLOCK)
+            mine = _load_experts(topk_ids_ptr, slots, num_slots, E, PADDED_E) == expert
+            taken = mine.to(tl.int32)
+            rank = tl.cumsum(taken, 0) - 1
+            tl.store(sorted_token_ids_ptr + row + rank, slots, mask=mine)
+            row += tl.sum(taken, 0)
+
+
+@triton.jit
+def _count_experts(
+    topk_ids_ptr,
+    chunk_counts_ptr,
+    num_slots,
+    E,
+    PADDED_E: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    chunk = tl.program_id(0)
+    slots = chunk * CHUNK + tl.arange(0, CHUNK)
+    counts = tl.histogram(_load_experts(topk_ids_ptr, slots, num_slots, E, PADDED_E), PADDED_E)
+    tl.store(chunk_counts_ptr + chunk * PADDED_E + tl.arange(0, PADDED_E), counts)
+
+
+@triton.jit
+def _align_large(
+    topk_ids_ptr,
+    chunk_counts_ptr,
+    sorted_token_ids_ptr,
+    expert_ids_ptr,
+    num_tokens_post_padded_ptr,
+    num_slots,
+    num_chunks,
+    E,
+    PADDED_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    CHUNK: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
+    CHUNKS_AT_ONCE: tl.constexpr,
+    FILL: tl.constexpr,
+):
+    chunk = tl.program_id(0)
+    lane = tl.arange(0, PADDED_E)
+    counts = tl.zeros((PADDED_E,), tl.int32)
+    earlier = tl.zeros((PADDED_E,), tl.int32)  # slots of each expert in the chunks before this one
+    for start in range(0, num_chunks, CHUNKS_AT_ONCE):
+        other = start + tl.arange(0, CHUNKS_AT_ONCE)
+        part = tl.load(
+            chunk_counts_ptr + other[:, None] * PADDED_E + lane[None, :],
+            mask=(other < num_chunks)[:, None],
+            other=0,
+        )
+        counts += tl.sum(part, 0)
+        earlier += tl.sum(tl.where((other < chunk)[:, None], part, 0), 0)
+    blocks, ends = _block_starts(counts, E, PADDED_E, BLOCK_M)
+    first_blocks = ends - blocks
+    if chunk == 0:
+        tl.store(num_tokens_post_padded_ptr, tl.sum(blocks, 0) * BLOCK_M)
+
+    # The experts' padding and expert_ids are shared out over all programs.
+    for expert in range(chunk, E, num_chunks):
+        _finish_expert(
+            expert,
+            _pick(first_blocks, expert, PADDED_E),
+            _pick(blocks, expert, PADDED_E),
+            _pick(counts, expert, PADDED_E),
+            sorted_token_ids_ptr,
+            expert_ids_ptr,
+            num_slots,
+            BLOCK_M,
+            FILL,
+        )
+
+    next_row = first_blocks * BLOCK_M + earlier
+    within = tl.arange(0, RANK_BLOCK)
+    for start in range(chunk * CHUNK, min((chunk + 1) * CHUNK, num_slots), RANK_BLOCK):
+        slots = start + within
+        expert = _load_experts(topk_ids_ptr, slots, num_slots, E, PADDED_E)
+        # The same ids again along the other axis: cheaper to load than to convert between layouts.
+        expert_across = _load_experts(topk_ids_ptr, start + within, num_slots, E, PADDED_E)
+        before = (expert_across[None, :] == expert[:, None]) & (within[None, :] < within[:, None])
+        rank = tl.sum(before.to(tl.int32), 1)
+        rows = tl.gather(next_row, expert, 0) + rank
+        tl.store(sorted_token_ids_ptr + rows, slots, mask=expert < E)
+        next_row += tl.histogram(expert, PADDED_E)
+
+
+def max_row_blocks(num_slots: int, num_experts: int, block_m: int) -> int:
+    """Most row blocks that any routing can need."""
+    active = min(num_slots, num_experts)
+    return (num_slots + active * (block_m - 1)) // block_m
+
+
+def align(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> Alignment:
+    num_slots = topk_ids.numel()
+    device = topk_ids.device
+    num_blocks = max_row_blocks(num_slots, num_experts, block_m)
+    result = Alignment(
+        torch.empty(num_blocks * block_m, dtype=torch.int32, device=device),
+        torch.empty(num_blocks, dtype=torch.int32, device=device),
+        torch.empty(1, dtype=torch.int32, device=device),
+    )
+    padded_e = max(
+        16, triton.next_power_of_2(num_experts + 1)
+    )  # + 1: the bin of slots without an expert
+    if num_slots <= SMALL_SLOTS:
+        launch(
+            _align_small,
+            (num_experts,),
+            topk_ids,
+            *result,
+            num_slots,
+            num_experts,
+            PADDED_E=padded_e,
+            BLOCK_M=block_m,
+            BLOCK=min(1024, max(128, triton.next_power_of_2(num_slots))),
+            FILL=128,
+            num_warps=4,
+        )
+        return result
+    num_chunks = triton.cdiv(num_slots, CHUNK)
+    chunk_counts = torch.empty((num_chunks, padded_e), dtype=torch.int32, device=device)
+    launch(
+        _count_experts,
+        (num_chunks,),
+        topk_ids,
+        chunk_counts,
+        num_slots,
+        num_experts,
+        PADDED_E=padded_e,
+        CHUNK=CHUNK,
+        num_warps=4,
+    )
+    launch(
+        _align_large,
+        (num_chunks,),
+        topk_ids,
+        chunk_counts,
+        *result,
+        num_slots,
+        num_chunks,
+        num_experts,
+        PADDED_E=padded_e,
+        BLOCK_M=block_m,
+        CHUNK=CHUNK,
+        RANK_BLOCK=RANK_BLOCK,
+        CHUNKS_AT_ONCE=max(1, min(16, 8192 // padded_e)),
+        FILL=128,
+        num_warps=8,
+    )
+    return result

@@ -1,0 +1,182 @@
+"""Which kernels run, and with which tiles.  Everything is decided from sizes on the host: no sync, no autotuning.
+
+Regimes:
+* decode: one GEMV per slot (decode.py), while hardly any expert is hit twice;
+* grouped: align + two grouped GEMMs + combine.  BLOCK_M follows the mean number of tokens per expert, since
+  every expert's rows are padded to it; up to a few hundred tokens the GEMMs only stream weights, later they are
+  bound by arithmetic.
+
+Tiles were measured on an H200 (docs/performance.md).  Other GPUs get tiles that fit in 99 KB of shared memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class GemmConfig:
+    """Tiles of one grouped GEMM.  ``block_n`` counts columns of gate and of up each, in the gate/up GEMM.
+
+    weights_by_tma: read the weights through a host TMA descriptor (needs ``Projection.tma_ready``).
+    persistent: one program per multiprocessor walks the tiles, in one flattened loop.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int = 1
+    num_warps: int = 4
+    num_stages: int = 3
+    weights_by_tma: bool = False
+    persistent: bool = False
+    precision: str = "ieee"  # of fp32 dots; plain tf32 would miss the accuracy contract
+
+
+@dataclasses.dataclass(frozen=True)
+class GemvConfig:
+    block_n: int
+    block_k: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodePlan:
+    gate_up: GemvConfig
+    down: GemvConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupedPlan:
+    """Both GEMMs read rows padded to the same BLOCK_M."""
+
+    gate_up: GemmConfig
+    down: GemmConfig
+
+    def __post_init__(self) -> None:
+        if self.gate_up.block_m != self.down.block_m:
+            raise ValueError("gate_up and down must use one BLOCK_M")
+
+
+Plan = DecodePlan | GroupedPlan
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Everything a plan may depend on.
+
+    unit_stride: the input dimension of every weight is contiguous.
+    gate_up_tma, down_tma: the weights' layout allows a TMA descriptor (gate/up only when concatenated).
+    """
+
+    T: int
+    E: int
+    k: int
+    H: int
+    I: int
+    dtype: torch.dtype
+    capability: tuple[int, int]
+    unit_stride: bool = True
+    gate_up_tma: bool = False
+    down_tma: bool = False
+
+    @property
+    def slots(self) -> int:
+        return self.T * self.k
+
+    @property
+    def has_large_shared_memory(self) -> bool:
+        return self.capability[0] in (9, 10)  # 227 KB and TMA; others have 99 to 163 KB
+
+
+def choose_plan(problem: Problem) -> Plan:
+    if _few_experts_hit_twice(problem):
+        return _decode_plan(problem)
+    block_m = _block_m(problem)
+    if problem.dtype == torch.float32:
+        gemm = GemmConfig(min(block_m, 64), 32, 32, group_m=4, num_warps=4, num_stages=2)
+        return GroupedPlan(gemm, gemm)
+    if not problem.has_large_shared_memory or not problem.unit_stride:
+        return _portable_plan(block_m)
+    return GroupedPlan(_hopper_gate_up(problem, block_m), _hopper_down(problem, block_m))
+
+
+def _few_experts_hit_twice(problem: Problem) -> bool:
+    # Expected repeats grow with slots**2 / 2E; a repeat costs one expert's weights read again.
+    return problem.T == 1 or problem.slots * 16 <= problem.E
+
+
+def _decode_plan(problem: Problem) -> DecodePlan:
+    if not problem.unit_stride:
+        # Neighbouring outputs are neighbours in memory: make the tile long that way.
+        return DecodePlan(GemvConfig(64, 32), GemvConfig(64, 32))
+    return DecodePlan(
+        GemvConfig(block_n=8, block_k=512, num_warps=4, num_stages=2),
+        GemvConfig(block_n=8, block_k=512, num_warps=4, num_stages=2),
+    )
+
+
+def _block_m(problem: Problem) -> int:
+    mean = problem.slots / problem.E
+    if mean <= 8:
+        return 16
+    if mean <= 24:
+        return 32
+    if mean <= 80:
+        return 64
+    return 128
+
+
+def _portable_plan(block_m: int) -> GroupedPlan:
+    warps = 8 if block_m == 128 else 4
+    return GroupedPlan(
+        GemmConfig(block_m, 64, 64, group_m=8, num_warps=warps, num_stages=2),
+        GemmConfig(block_m, 128, 64, group_m=8, num_warps=warps, num_stages=2),
+    )
+
+
+def _hopper_gate_up(problem: Problem, block_m: int) -> GemmConfig:
+    tma = problem.gate_up_tma
+    if block_m <= 32:
+        return GemmConfig(block_m, 64, 128, num_warps=4, num_stages=3, weights_by_tma=tma)
+    if block_m == 64:
+        return GemmConfig(
+            block_m, 64, 128, group_m=4, num_warps=4, num_stages=3, weights_by_tma=tma
+        )
+    if tma:
+        return GemmConfig(
+            block_m,
+            128,
+            64,
+            group_m=8,
+            num_warps=8,
+            num_stages=4,
+            weights_by_tma=True,
+            persistent=True,
+        )
+    return GemmConfig(block_m, 128, 64, group_m=8, num_warps=8, num_stages=3)
+
+
+def _hopper_down(problem: Problem, block_m: int) -> GemmConfig:
+    tma = problem.down_tma
+    if block_m <= 32:
+        return GemmConfig(block_m, 128, 128, num_warps=4, num_stages=3, weights_by_tma=tma)
+    if block_m == 64:
+        return GemmConfig(
+            block_m, 128, 128, group_m=4, num_warps=4, num_stages=3, weights_by_tma=tma
+        )
+    if tma:
+        return GemmConfig(
+            block_m,
+            256,
+            64,
+            group_m=8,
+            num_warps=8,
+            num_stages=4,
+            weights_by_tma=True,
+            persistent=True,
+        )
+    return GemmConfig(block_m, 128, 64, group_m=8, num_warps=8, num_stages=4)

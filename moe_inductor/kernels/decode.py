@@ -1,0 +1,245 @@
+"""Few tokens: two GEMV kernels instead of align, grouped GEMMs and combine.
+
+    array          shape           dtype        written by       read by
+    hidden_states  T, H            model dtype  caller           _decode_gate_up
+    gate, up       [E][I, H]       model dtype  caller           _decode_gate_up
+    topk_ids       T*k             int32/int64  caller           both
+    topk_weights   T*k             float        caller           _decode_down
+    intermediate   T*k, padded(I)  model dtype  _decode_gate_up  _decode_down
+    down           [E][H, I]       model dtype  caller           _decode_down
+    out            T, H            out_dtype    _decode_down     caller
+
+Every slot reads its expert's weights once, so this wins only while hardly any expert is hit twice.  The products
+run on CUDA cores with 2-D fp32 accumulators that are reduced once at the end.  A slot whose id is outside [0, E)
+gets an empty loop: it reads no weight and adds zero.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import activate_gate, expert_address, launch
+from .configs import GemvConfig
+from .weights import Projection
+
+
+@triton.jit
+def _decode_gate_up(
+    hidden_states_ptr,
+    gate_ptr,
+    up_ptr,
+    intermediate_ptr,
+    topk_ids_ptr,
+    E,
+    H,
+    I,
+    stride_token,
+    stride_expert,
+    stride_out,
+    stride_in,
+    up_stride_expert,
+    up_stride_out,
+    up_stride_in,
+    up_offset,
+    stride_intermediate,
+    K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    CONCATENATED: tl.constexpr,
+    FROM_TABLE: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    slot = tl.program_id(1)
+    expert = tl.load(topk_ids_ptr + slot)
+    valid = (expert >= 0) & (expert < E)
+    expert = tl.where(valid, expert, 0)
+    length = tl.where(valid, H, 0)
+    ELEMENT: tl.constexpr = hidden_states_ptr.dtype.element_ty
+    gate_base = expert_address(gate_ptr, expert, stride_expert, ELEMENT, FROM_TABLE, ALIGNMENT)
+    if CONCATENATED:
+        up_base = gate_base + up_offset
+    else:
+        up_base = expert_address(up_ptr, expert, up_stride_expert, ELEMENT, FROM_TABLE, ALIGNMENT)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_used = (columns < I)[:, None]
+    ks = tl.arange(0, BLOCK_K)
+    wide = columns.to(tl.int64)[:, None]
+    gate_ptrs = gate_base + wide * stride_out + ks[None, :] * stride_in
+    up_ptrs = up_base + wide * up_stride_out + ks[None, :] * up_stride_in
+    x_ptrs = hidden_states_ptr + (slot // K).to(tl.int64) * stride_token + ks
+    gate = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    up = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for k in tl.range(0, length, BLOCK_K, num_stages=NUM_STAGES):
+        inside = ks < length - k
+        if EVEN_K and EVEN_N:
+            w_gate = tl.load(gate_ptrs, eviction_policy="evict_first")
+            w_up = tl.load(up_ptrs, eviction_policy="evict_first")
+        else:
+            used = column_used & inside[None, :]
+            w_gate = tl.load(gate_ptrs, mask=used, other=0.0, eviction_policy="evict_first")
+            w_up = tl.load(up_ptrs, mask=used, other=0.0, eviction_policy="evict_first")
+        x = tl.load(x_ptrs) if EVEN_K else tl.load(x_ptrs, mask=inside, other=0.0)
+        x = x.to(tl.float32)[None, :]
+        gate += w_gate.to(tl.float32) * x
+        up += w_up.to(tl.float32) * x
+        gate_ptrs += BLOCK_K * stride_in
+        up_ptrs += BLOCK_K * up_stride_in
+        x_ptrs += BLOCK_K
+    value = activate_gate(tl.sum(gate, 1), ACTIVATION) * tl.sum(up, 1)
+    tl.store(
+        intermediate_ptr + slot.to(tl.int64) * stride_intermediate + columns,
+        value.to(intermediate_ptr.dtype.element_ty),
+        mask=columns < I,
+    )
+
+
+@triton.jit
+def _decode_down(
+    intermediate_ptr,
+    weight_ptr,
+    topk_weights_ptr,
+    topk_ids_ptr,
+    out_ptr,
+    E,
+    H,
+    I,
+    stride_intermediate,
+    stride_expert,
+    stride_out,
+    stride_in,
+    K: tl.constexpr,
+    FROM_TABLE: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    token = tl.program_id(1)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_used = (columns < H)[:, None]
+    ks = tl.arange(0, BLOCK_K)
+    offsets = columns.to(tl.int64)[:, None] * stride_out + ks[None, :] * stride_in
+    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for j in tl.range(0, K, loop_unroll_factor=UNROLL):
+        slot = token * K + j
+        expert = tl.load(topk_ids_ptr + slot)
+        valid = (expert >= 0) & (expert < E)
+        expert = tl.where(valid, expert, 0)
+        length = tl.where(valid, I, 0)
+        weight = tl.load(topk_weights_ptr + slot).to(tl.float32)
+        w_ptrs = offsets + expert_address(
+            weight_ptr,
+            expert,
+            stride_expert,
+            intermediate_ptr.dtype.element_ty,
+            FROM_TABLE,
+            ALIGNMENT,
+        )
+        h_ptrs = intermediate_ptr + slot.to(tl.int64) * stride_intermediate + ks
+        for k in tl.range(0, length, BLOCK_K, num_stages=NUM_STAGES):
+            inside = ks < length - k
+            if EVEN_K and EVEN_N:
+                w = tl.load(w_ptrs, eviction_policy="evict_first")
+            else:
+                used = column_used & inside[None, :]
+                w = tl.load(w_ptrs, mask=used, other=0.0, eviction_policy="evict_first")
+            h = tl.load(h_ptrs) if EVEN_K else tl.load(h_ptrs, mask=inside, other=0.0)
+            acc += w.to(tl.float32) * (h.to(tl.float32) * weight)[None, :]
+            w_ptrs += BLOCK_K * stride_in
+            h_ptrs += BLOCK_K
+    tl.store(
+        out_ptr + token.to(tl.int64) * H + columns,
+        tl.sum(acc, 1).to(out_ptr.dtype.element_ty),
+        mask=columns < H,
+    )
+
+
+def decode_gate_up(
+    hidden_states: torch.Tensor,
+    gate: Projection,
+    up: Projection | None,
+    topk_ids: torch.Tensor,
+    activation: str,
+    intermediate: torch.Tensor,
+    intermediate_size: int,
+    config: GemvConfig,
+) -> None:
+    """``up`` is None when ``gate`` holds gate and up rows concatenated."""
+    T, H = hidden_states.shape
+    k = topk_ids.shape[1]
+    I = intermediate_size
+    launch(
+        _decode_gate_up,
+        (triton.cdiv(I, config.block_n), T * k),
+        hidden_states,
+        gate.storage,
+        (up or gate).storage,
+        intermediate,
+        topk_ids,
+        gate.num_experts,
+        H,
+        I,
+        hidden_states.stride(0),
+        *gate.strides,
+        *(up or gate).strides,
+        I * gate.stride_out,
+        intermediate.stride(0),
+        K=k,
+        ACTIVATION=activation,
+        CONCATENATED=up is None,
+        FROM_TABLE=gate.from_table,
+        ALIGNMENT=min(gate.alignment, (up or gate).alignment),
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        EVEN_N=I % config.block_n == 0,
+        EVEN_K=H % config.block_k == 0,
+        NUM_STAGES=config.num_stages,
+        num_warps=config.num_warps,
+    )
+
+
+def decode_down(
+    intermediate: torch.Tensor,
+    intermediate_size: int,
+    weight: Projection,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    out: torch.Tensor,
+    config: GemvConfig,
+) -> None:
+    T, H = out.shape
+    k = topk_ids.shape[1]
+    I = intermediate_size
+    launch(
+        _decode_down,
+        (triton.cdiv(H, config.block_n), T),
+        intermediate,
+        weight.storage,
+        topk_weights,
+        topk_ids,
+        out,
+        weight.num_experts,
+        H,
+        I,
+        intermediate.stride(0),
+        *weight.strides,
+        K=k,
+        FROM_TABLE=weight.from_table,
+        ALIGNMENT=weight.alignment,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        EVEN_N=H % config.block_n == 0,
+        EVEN_K=I % config.block_k == 0,
+        NUM_STAGES=config.num_stages,
+        UNROLL=k if k <= 16 else 1,
+        num_warps=config.num_warps,
+    )

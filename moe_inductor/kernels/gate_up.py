@@ -1,0 +1,374 @@
+"""Grouped gate/up GEMM: gathers tokens, multiplies, applies the activation, in one kernel.
+
+    array                   shape                    dtype        written by  read by
+    hidden_states           T, H                     model dtype  caller      _gate_up
+    gate weight             [E][I or 2I, H]          model dtype  caller      _gate_up
+    up weight               [E][I, H]                model dtype  caller      _gate_up (not if concatenated)
+    sorted_token_ids        rows                     int32        align       _gate_up
+    expert_ids              rows / BLOCK_M           int32        align       _gate_up
+    num_tokens_post_padded  1                        int32        align       _gate_up
+    intermediate            rows, padded(I)          model dtype  _gate_up    down
+
+``intermediate[r] = act(gate_e x) * (up_e x)`` for the token x in sorted row r.  Rows of padding are not written.
+
+Two ways to read the weights:
+* pointers: any strides, stacked or through a pointer table, two accumulators;
+* box: concatenated stacked weights seen as ``[E, 2, I, H]``, one 4-D TMA box ``[1, 2, BLOCK_N, BLOCK_K]`` brings
+  the gate and the up rows of the same columns as one tile, so there is one wgmma of N = 2 * BLOCK_N and the two
+  halves are split in registers.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .align import Alignment
+from .common import activate_gate, expert_address, launch, tile_order
+from .configs import GemmConfig
+from .weights import Projection
+
+
+@triton.jit
+def _multiply_pointers(
+    a_ptrs,
+    row_used,
+    gate_ptr,
+    up_ptr,
+    expert,
+    columns,
+    H,
+    I,
+    stride_expert,
+    stride_out,
+    stride_in,
+    up_stride_expert,
+    up_stride_out,
+    up_stride_in,
+    up_offset,
+    CONCATENATED: tl.constexpr,
+    SAME_STRIDES: tl.constexpr,
+    FROM_TABLE: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    ELEMENT: tl.constexpr = a_ptrs.dtype.element_ty
+    gate_base = expert_address(gate_ptr, expert, stride_expert, ELEMENT, FROM_TABLE, ALIGNMENT)
+    if CONCATENATED:
+        up_base = gate_base + up_offset
+    else:
+        up_base = expert_address(up_ptr, expert, up_stride_expert, ELEMENT, FROM_TABLE, ALIGNMENT)
+    ks = tl.arange(0, BLOCK_K)
+    offsets = columns.to(tl.int64)[:, None] * stride_out + ks[None, :] * stride_in
+    gate_ptrs = gate_base + offsets
+    if SAME_STRIDES:
+        up_ptrs = up_base + offsets
+        up_step = BLOCK_K * stride_in
+    else:
+        up_ptrs = (
+            up_base + columns.to(tl.int64)[:, None] * up_stride_out + ks[None, :] * up_stride_in
+        )
+        up_step = BLOCK_K * up_stride_in
+    column_used = (columns < I)[:, None]
+    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in tl.range(0, H, BLOCK_K, num_stages=NUM_STAGES):
+        inside = (ks < H - k)[None, :]
+        if EVEN_K:
+            a = tl.load(a_ptrs, mask=row_used[:, None], other=0.0)
+        else:
+            a = tl.load(a_ptrs, mask=row_used[:, None] & inside, other=0.0)
+        if EVEN_K and EVEN_N:
+            w_gate = tl.load(gate_ptrs)
+            w_up = tl.load(up_ptrs)
+        elif EVEN_K:
+            w_gate = tl.load(gate_ptrs, mask=column_used, other=0.0)
+            w_up = tl.load(up_ptrs, mask=column_used, other=0.0)
+        else:
+            w_gate = tl.load(gate_ptrs, mask=column_used & inside, other=0.0)
+            w_up = tl.load(up_ptrs, mask=column_used & inside, other=0.0)
+        gate = tl.dot(a, w_gate.T, gate, input_precision=PRECISION)
+        up = tl.dot(a, w_up.T, up, input_precision=PRECISION)
+        a_ptrs += BLOCK_K
+        gate_ptrs += BLOCK_K * stride_in
+        up_ptrs += up_step
+    return gate, up
+
+
+@triton.jit
+def _multiply_box(
+    a_ptrs,
+    row_used,
+    box,
+    expert,
+    first_column,
+    H,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    ks = tl.arange(0, BLOCK_K)
+    both = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
+    for k in tl.range(0, H, BLOCK_K, num_stages=NUM_STAGES):
+        if EVEN_K:
+            a = tl.load(a_ptrs, mask=row_used[:, None], other=0.0)
+        else:
+            a = tl.load(a_ptrs, mask=row_used[:, None] & (ks < H - k)[None, :], other=0.0)
+        w = box.load([expert, 0, first_column, k]).reshape(2 * BLOCK_N, BLOCK_K)
+        both = tl.dot(a, w.T, both)
+        a_ptrs += BLOCK_K
+    return tl.split(tl.permute(tl.reshape(both, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
+
+
+@triton.jit
+def _gate_up_tile(
+    m,
+    n,
+    hidden_states_ptr,
+    gate_ptr,
+    up_ptr,
+    box,
+    intermediate_ptr,
+    sorted_token_ids_ptr,
+    expert_ids_ptr,
+    num_slots,
+    H,
+    I,
+    stride_token,
+    stride_expert,
+    stride_out,
+    stride_in,
+    up_stride_expert,
+    up_stride_out,
+    up_stride_in,
+    up_offset,
+    stride_intermediate,
+    K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    CONCATENATED: tl.constexpr,
+    SAME_STRIDES: tl.constexpr,
+    FROM_TABLE: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    USE_BOX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    expert = tl.load(expert_ids_ptr + m)
+    rows = m * BLOCK_M + tl.arange(0, BLOCK_M)
+    slots = tl.load(sorted_token_ids_ptr + rows)
+    row_used = slots < num_slots
+    tokens = tl.where(row_used, slots // K, 0).to(tl.int64)
+    columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
+    a_ptrs = hidden_states_ptr + tokens[:, None] * stride_token + tl.arange(0, BLOCK_K)[None, :]
+    if USE_BOX:
+        gate, up = _multiply_box(
+            a_ptrs,
+            row_used,
+            box,
+            expert,
+            n * BLOCK_N,
+            H,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            EVEN_K,
+            NUM_STAGES,
+        )
+    else:
+        gate, up = _multiply_pointers(
+            a_ptrs,
+            row_used,
+            gate_ptr,
+            up_ptr,
+            expert,
+            columns,
+            H,
+            I,
+            stride_expert,
+            stride_out,
+            stride_in,
+            up_stride_expert,
+            up_stride_out,
+            up_stride_in,
+            up_offset,
+            CONCATENATED,
+            SAME_STRIDES,
+            FROM_TABLE,
+            ALIGNMENT,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            EVEN_N,
+            EVEN_K,
+            NUM_STAGES,
+            PRECISION,
+        )
+    value = activate_gate(gate, ACTIVATION) * up
+    tl.store(
+        intermediate_ptr + rows.to(tl.int64)[:, None] * stride_intermediate + columns[None, :],
+        value.to(intermediate_ptr.dtype.element_ty),
+        mask=row_used[:, None] & (columns < I)[None, :],
+    )
+
+
+@triton.jit
+def _gate_up(
+    hidden_states_ptr,
+    gate_ptr,
+    up_ptr,
+    box,
+    intermediate_ptr,
+    sorted_token_ids_ptr,
+    expert_ids_ptr,
+    num_tokens_post_padded_ptr,
+    num_slots,
+    H,
+    I,
+    stride_token,
+    stride_expert,
+    stride_out,
+    stride_in,
+    up_stride_expert,
+    up_stride_out,
+    up_stride_in,
+    up_offset,
+    stride_intermediate,
+    K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    CONCATENATED: tl.constexpr,
+    SAME_STRIDES: tl.constexpr,
+    FROM_TABLE: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    USE_BOX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+):
+    num_m = tl.load(num_tokens_post_padded_ptr) // BLOCK_M
+    num_n = tl.cdiv(I, BLOCK_N)
+    # Without PERSISTENT there is one program per possible tile, and the loop runs once or not at all.
+    for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=PERSISTENT):
+        m, n = tile_order(tile, num_m, num_n, GROUP_M)
+        _gate_up_tile(
+            m,
+            n,
+            hidden_states_ptr,
+            gate_ptr,
+            up_ptr,
+            box,
+            intermediate_ptr,
+            sorted_token_ids_ptr,
+            expert_ids_ptr,
+            num_slots,
+            H,
+            I,
+            stride_token,
+            stride_expert,
+            stride_out,
+            stride_in,
+            up_stride_expert,
+            up_stride_out,
+            up_stride_in,
+            up_offset,
+            stride_intermediate,
+            K,
+            ACTIVATION,
+            CONCATENATED,
+            SAME_STRIDES,
+            FROM_TABLE,
+            ALIGNMENT,
+            USE_BOX,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            EVEN_N,
+            EVEN_K,
+            NUM_STAGES,
+            PRECISION,
+        )
+
+
+def gate_up(
+    hidden_states: torch.Tensor,
+    gate: Projection,
+    up: Projection | None,
+    alignment: Alignment,
+    k: int,
+    activation: str,
+    intermediate: torch.Tensor,
+    intermediate_size: int,
+    config: GemmConfig,
+    num_programs: int,
+) -> None:
+    """``up`` is None when ``gate`` holds gate and up rows concatenated."""
+    T, H = hidden_states.shape
+    I = intermediate_size
+    block_n, block_k = config.block_n, config.block_k
+    box = None
+    if config.weights_by_tma:
+        stacked = gate.storage
+        stride_e, stride_out, _ = stacked.stride()
+        box = TensorDescriptor(
+            stacked,
+            [stacked.shape[0], 2, I, H],
+            [stride_e, I * stride_out, stride_out, 1],
+            [1, 2, block_n, block_k],
+        )
+    tiles = alignment.expert_ids.shape[0] * triton.cdiv(I, block_n)
+    launch(
+        _gate_up,
+        (min(tiles, num_programs) if config.persistent else tiles,),
+        hidden_states,
+        gate.storage,
+        (up or gate).storage,
+        box,
+        intermediate,
+        *alignment,
+        T * k,
+        H,
+        I,
+        hidden_states.stride(0),
+        *gate.strides,
+        *(up or gate).strides,
+        I * gate.stride_out,
+        intermediate.stride(0),
+        K=k,
+        ACTIVATION=activation,
+        CONCATENATED=up is None,
+        SAME_STRIDES=up is None or up.strides == gate.strides,
+        FROM_TABLE=gate.from_table,
+        ALIGNMENT=min(gate.alignment, (up or gate).alignment),
+        USE_BOX=config.weights_by_tma,
+        BLOCK_M=config.block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        GROUP_M=config.group_m,
+        EVEN_N=I % block_n == 0,
+        EVEN_K=H % block_k == 0,
+        NUM_STAGES=config.num_stages,
+        PRECISION=config.precision,
+        PERSISTENT=config.persistent,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )

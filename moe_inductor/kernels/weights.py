@@ -1,0 +1,73 @@
+"""One projection's weights as the kernels read them: a stacked tensor or a pointer table, with its strides.
+
+The logical shape of a weight is always ``[out, in]``; a weight stored the other way arrives as a strided view.
+Nothing here copies a weight.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from .pointer_table import pointer_table
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """storage: the ``[E, out, in]`` weight itself, or the int64 table of per-expert addresses.
+
+    alignment: bytes that every table entry is a multiple of (16 for a stacked tensor, where it is not used).
+    """
+
+    storage: torch.Tensor
+    from_table: bool
+    num_experts: int
+    out_features: int
+    in_features: int
+    stride_expert: int
+    stride_out: int
+    stride_in: int
+    alignment: int
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(tensors: Sequence[torch.Tensor]) -> Projection:
+        first = tensors[0]
+        if first.dim() == 3:
+            return Projection(
+                first, False, *first.shape, *first.stride(), alignment=16, dtype=first.dtype
+            )
+        strides = first.stride()
+        if any(tensor.stride() != strides for tensor in tensors):
+            raise ValueError("the weights of one projection differ in strides between experts")
+        aligned = all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+        return Projection(
+            pointer_table(tensors),
+            True,
+            len(tensors),
+            *first.shape,
+            0,
+            *strides,
+            alignment=16 if aligned else first.element_size(),
+            dtype=first.dtype,
+        )
+
+    @property
+    def tma_ready(self) -> bool:
+        """Can a host TMA descriptor read it: stacked, last dim contiguous, everything else 16-byte aligned."""
+        size = self.dtype.itemsize
+        return (
+            not self.from_table
+            and self.stride_in == 1
+            and self.stride_out * size % 16 == 0
+            and self.stride_expert * size % 16 == 0
+            and self.stride_out > 0
+            and self.stride_expert > 0
+            and self.storage.data_ptr() % 16 == 0
+        )
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        return self.stride_expert, self.stride_out, self.stride_in
