@@ -2,3 +2,194 @@
 name gets a branch here and nowhere else.  Kept by tests/test_layout.py."""
 
 from __future__ import annotations
+
+import torch
+
+
+class UnsupportedTorch(ImportError):
+    """This torch is older than what moe_inductor is written for."""
+
+
+MINIMUM_TORCH = (2, 11)
+# The minors that the test suite was run on; a newer one is tried, an older one is refused.
+TESTED_TORCH = ("2.11", "2.13", "2.15")
+
+if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < MINIMUM_TORCH:
+    raise UnsupportedTorch(
+        f"moe_inductor needs torch >= {'.'.join(map(str, MINIMUM_TORCH))} and found {torch.__version__}. "
+        "Update torch, or compile with backend='inductor'."
+    )
+
+# --- capture/: Dynamo's frame tracing -------------------------------------------------------------
+from torch import _TorchCompileWrapper as TorchCompileWrapper
+from torch._dynamo import config as dynamo_config
+from torch._dynamo import convert_frame as dynamo_convert_frame
+from torch._dynamo import exc as dynamo_exc
+from torch._dynamo.output_graph import SubgraphTracer
+from torch._dynamo.symbolic_convert import TensorifyState
+from torch._guards import TracingContext
+
+# The only restart that Dynamo lets a backend raise; on a torch without it capture/scope.py does not install.
+StockRestart = getattr(dynamo_exc, "TensorifyScalarRestartAnalysis", dynamo_exc.RestartAnalysis)
+
+# --- fake tensors, symbolic shapes, tracing (region/, prove/) ----------------------------------------------------
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
+
+# --- Inductor's pattern matcher (match/) -------------------------------------------------------------------------
+from torch._inductor.pattern_matcher import (
+    MULTIPLE,
+    CallFunction,
+    Match,
+    PatternExpr,
+    PatternMatcherPass,
+    fx_to_pattern,
+    register_graph_pattern,
+)
+
+
+# --- backend.py and debug/: Inductor as torch.compile calls it, logs and caches -----------------------
+import contextlib
+import copy
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+def inductor(mode: str | None, options: dict[str, Any] | None, name: str | None = None) -> Any:
+    """What ``torch.compile(backend="inductor", mode=, options=)`` calls: modes, option checks, workarounds.
+
+    ``dynamic`` is only compared with, never read, on every torch that we know, and custom backends are not told.
+    """
+    wrapper = torch._TorchCompileInductorWrapper
+    if name is not None and "name" in inspect.signature(wrapper).parameters:
+        return wrapper(mode, options, None, name)  # torch >= 2.13
+    return wrapper(mode, options, None)
+
+
+@contextlib.contextmanager
+def cache_tag(tag: str) -> Iterator[None]:
+    """Make the FX graph and AOTAutograd caches of the graphs compiled inside depend on ``tag``."""
+    from torch.compiler import config
+
+    with config.patch(cache_key_tag=f"{config.cache_key_tag}{tag}"):
+        yield
+
+
+def user_error(error: Exception) -> Exception:
+    """``error`` so that it leaves torch.compile as itself, not as the cause of a BackendCompilerFailed.
+
+    Dynamo lets exactly one family of exceptions out of a backend unwrapped.
+    """
+    from torch._dynamo.exc import ShortenTraceback
+
+    kind = type(error)
+    # RuntimeError is a base of the other already, and has to come after it.
+    bases = (ShortenTraceback,) if kind is RuntimeError else (kind, ShortenTraceback)
+    mixed = types.new_class(kind.__name__, bases)
+    mixed.__module__, mixed.__doc__ = kind.__module__, kind.__doc__
+    return mixed(*error.args, first_useful_frame=None)
+
+
+def passes_through(error: BaseException) -> bool:
+    """Is this Dynamo's own control flow (a restart of the trace), which nobody may swallow?"""
+    from torch._dynamo.exc import RestartAnalysis, SkipFrame
+
+    return isinstance(error, (RestartAnalysis, SkipFrame))
+
+
+def compile_id() -> str:
+    """Dynamo's id of the graph being compiled, ``0/0``; "" outside a compile."""
+    from torch._guards import CompileContext
+
+    return str(CompileContext.current_compile_id() or "")
+
+
+def debugging() -> bool:
+    """Is TORCH_COMPILE_DEBUG=1 (or torch._inductor.config.trace.enabled) in force?"""
+    from torch._inductor import config
+
+    return config.trace.enabled
+
+
+def debug_dir() -> Path:
+    """This run's folder for debug output; TORCH_COMPILE_DEBUG makes Inductor write to the same one."""
+    from torch._dynamo.utils import get_debug_dir
+
+    return Path(get_debug_dir())
+
+
+def tracing() -> bool:
+    """Does anybody listen to the structured trace (TORCH_TRACE)?"""
+    from torch._logging._internal import LazyTraceHandler, trace_log
+
+    # Without TORCH_TRACE a handler stands there as well, until the first message makes it remove itself.
+    return any(
+        not isinstance(handler, LazyTraceHandler) or handler.root_dir is not None
+        for handler in trace_log.handlers
+    )
+
+
+def trace_artifact(name: str, encoding: str, payload: Callable[[], str]) -> None:
+    """One artifact for tlparse; costs nothing when nobody listens."""
+    from torch._logging import trace_structured
+
+    trace_structured(
+        "artifact", metadata_fn=lambda: {"name": name, "encoding": encoding}, payload_fn=payload
+    )
+
+
+def graph_breaks() -> list[tuple[str, str]]:
+    """(reason, ``file.py:line``) of every graph break of this process so far, in order."""
+    from torch._dynamo.utils import graph_break_reasons
+
+    breaks = []
+    for each in graph_break_reasons:
+        frame = each.user_stack[-1] if each.user_stack else None
+        place = f"{Path(frame.filename).name}:{frame.lineno}" if frame else ""
+        breaks.append((each.reason, place))
+    return breaks
+
+
+@contextlib.contextmanager
+def isolated_dynamo() -> Iterator[None]:
+    """Let what is compiled inside leave no trace in code that the user compiles.
+
+    Code objects that were never compiled before are reset afterwards; those that were keep the user's entries
+    (and gain ours: Dynamo cannot drop single ones).  What automatic dynamic shapes learnt is restored.
+    """
+    from torch._dynamo import pgo, reset_code
+
+    codes = dynamo_convert_frame.input_codes
+    known = {id(code) for ref in codes.seen if (code := ref()) is not None}
+    shapes = pgo.get_code_state()
+    learnt = copy.deepcopy(shapes)
+    try:
+        yield
+    finally:
+        for code in [code for ref in codes.seen if (code := ref()) is not None]:
+            if id(code) not in known:
+                reset_code(code)
+        shapes.clear()
+        shapes.update(learnt)
+
+
+def pattern_children(pattern: PatternExpr) -> list:
+    """Every sub-pattern of ``pattern`` that counts its users, itself included, each once."""
+    found, todo = {}, [pattern]
+    while todo:
+        part = todo.pop()
+        if isinstance(part, PatternExpr) and part not in found:
+            found[part] = None
+            todo.extend(getattr(part, "flat_args_kwargs", ((),))[0])
+    return [part for part in found if hasattr(part, "users")]
+
+
+def bound_nodes(match: Match) -> dict[PatternExpr, torch.fx.Node]:
+    """Which graph node each sub-pattern of a match stands on."""
+    found = match.ctx.pattern_to_node
+    return {part: node for part, node in found.items() if isinstance(node, torch.fx.Node)}
