@@ -190,6 +190,10 @@ def pattern_children(pattern: PatternExpr) -> list:
 
 
 def bound_nodes(match: Match) -> dict[PatternExpr, torch.fx.Node]:
-    """Which graph node each sub-pattern of a match stands on."""
+    """Which graph node each operator of a matched pattern stands on; arguments of the pattern are left out."""
     found = match.ctx.pattern_to_node
-    return {part: node for part, node in found.items() if isinstance(node, torch.fx.Node)}
+    return {
+        part: node
+        for part, node in found.items()
+        if isinstance(part, CallFunction) and isinstance(node, torch.fx.Node)
+    }
