@@ -42,7 +42,10 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbol
 from torch._inductor.pattern_matcher import (
     MULTIPLE,
     CallFunction,
+    FailedMatch,
+    KeywordArg,
     Match,
+    MatchContext,
     PatternExpr,
     PatternMatcherPass,
     fx_to_pattern,
@@ -155,6 +158,13 @@ def graph_breaks() -> list[tuple[str, str]]:
     return breaks
 
 
+def graph_count() -> int:
+    """How many graphs Dynamo has handed to any backend in this process so far."""
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]
+
+
 @contextlib.contextmanager
 def isolated_dynamo() -> Iterator[None]:
     """Let what is compiled inside leave no trace in code that the user compiles.
@@ -178,6 +188,32 @@ def isolated_dynamo() -> Iterator[None]:
         shapes.update(learnt)
 
 
+class Optional(PatternExpr):
+    """``outer(inner)`` or ``inner`` alone: a view over a pattern's argument is absent where the shapes agree already."""
+
+    def __init__(self, outer: CallFunction, inner: PatternExpr) -> None:
+        self.outer, self.inner = outer, inner
+
+    def _match(self, node: torch.fx.Node, ctx: MatchContext) -> Match | FailedMatch:
+        wrapped = isinstance(node, torch.fx.Node) and node.target in self.outer.fns_set
+        return ctx.match(self.inner, node.args[0] if wrapped else node)
+
+
+def make_optional(pattern: PatternExpr, target: object) -> None:
+    """Every ``target(argument, ..)`` inside ``pattern`` becomes optional."""
+    for part in pattern_children(pattern):
+        values, spec = part.flat_args_kwargs
+        part.flat_args_kwargs = (
+            tuple(
+                Optional(v, v.args[0])
+                if isinstance(v, CallFunction) and target in v.fns_set and isinstance(v.args[0], KeywordArg)
+                else v
+                for v in values
+            ),
+            spec,
+        )
+
+
 def pattern_children(pattern: PatternExpr) -> list:
     """Every sub-pattern of ``pattern`` that counts its users, itself included, each once."""
     found, todo = {}, [pattern]
@@ -197,3 +233,17 @@ def bound_nodes(match: Match) -> dict[PatternExpr, torch.fx.Node]:
         for part, node in found.items()
         if isinstance(part, CallFunction) and isinstance(node, torch.fx.Node)
     }
+
+
+# --- ops/: oneDNN's linear, which Inductor itself lowers to --------------------------------------------------------
+
+
+def onednn_linear() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
+    """``(x [M, in], weight [out, in]) -> [M, out]`` through oneDNN, or None where torch was built without it."""
+    if not torch.backends.mkldnn.is_available():
+        return None
+    try:
+        linear = torch.ops.mkldnn._linear_pointwise.default
+    except (AttributeError, RuntimeError):
+        return None
+    return lambda x, weight: linear(x, weight, None, "none", [], "")
