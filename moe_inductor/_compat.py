@@ -26,7 +26,12 @@ from torch._dynamo import config as dynamo_config
 from torch._dynamo import convert_frame as dynamo_convert_frame
 from torch._dynamo import exc as dynamo_exc
 from torch._dynamo.output_graph import SubgraphTracer
-from torch._dynamo.symbolic_convert import TensorifyState
+from torch._dynamo.side_effects import SideEffects
+from torch._dynamo.symbolic_convert import InstructionTranslator, TensorifyState
+from torch._dynamo.variables.base import VariableTracker
+from torch._dynamo.variables.builtin import BuiltinVariable
+from torch._dynamo.variables.constant import ConstantVariable
+from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 from torch._guards import TracingContext
 
 # The only restart that Dynamo lets a backend raise; on a torch without it capture/scope.py does not install.
@@ -214,15 +219,15 @@ def make_optional(pattern: PatternExpr, target: object) -> None:
         )
 
 
-def pattern_children(pattern: PatternExpr) -> list:
-    """Every sub-pattern of ``pattern`` that counts its users, itself included, each once."""
+def pattern_children(pattern: PatternExpr) -> list[CallFunction]:
+    """Every operator of ``pattern``, itself included, each once."""
     found, todo = {}, [pattern]
     while todo:
         part = todo.pop()
         if isinstance(part, PatternExpr) and part not in found:
             found[part] = None
             todo.extend(getattr(part, "flat_args_kwargs", ((),))[0])
-    return [part for part in found if hasattr(part, "users")]
+    return [part for part in found if isinstance(part, CallFunction)]
 
 
 def bound_nodes(match: Match) -> dict[PatternExpr, torch.fx.Node]:

@@ -1,0 +1,126 @@
+"""The public pattern API: what a file in ``patterns/`` is made of.
+
+A pattern file holds one spelling, written as plain eager PyTorch the way its authors write it, and the facts about
+it.  Everything that does not belong to the spelling (activation, gate and up layout, weight storage, view and cast
+noise) is left to the ``experts`` argument and to the normal form, so that it never has to be written twice.
+
+    def reference(x, topk_ids, topk_weights, experts, **facts) -> Tensor        # ExpertsSpelling
+    def reference(router_logits, k, **facts) -> (topk_weights, topk_ids)        # RouterSpelling
+
+The reference is traced twice: once with a hole for the expert MLP, which gives the pattern, and once with the
+matched inputs and the described MLP, which gives the proof.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import itertools
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import ModuleType
+from typing import Any, Literal, Protocol
+
+import torch
+
+Linear = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Experts(Protocol):
+    """The expert MLPs, as a reference sees them.
+
+    ``experts(rows, linear)`` applies all experts to ``rows [S, H]`` sorted or paired by the spelling; ``linear(rows,
+    weight [E, out, in]) -> [S, out]`` is the spelling's way to apply a stack of weights.
+    ``for e, expert in experts`` visits them one by one; ``expert(rows [n, H]) -> [n, H]``.
+    """
+
+    num_experts: int
+
+    def __call__(self, rows: torch.Tensor, linear: Linear) -> torch.Tensor: ...
+
+    def __iter__(self) -> Iterator[tuple[int, Callable[[torch.Tensor], torch.Tensor]]]: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NearMiss:
+    """A program that looks like the spelling and means something else.
+
+    build: returns ``(module, inputs)`` in plain eager PyTorch; it runs unfused and equal to eager.
+    code: name of the ``reasons.Code`` it must be refused with.  router: only the router must be refused.
+    """
+
+    name: str
+    build: Callable[[], tuple[torch.nn.Module, tuple[Any, ...]]]
+    code: str
+    router: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A program in this spelling that must be fused.  build(dtype) returns ``(module, inputs)``."""
+
+    name: str
+    build: Callable[[torch.dtype], tuple[torch.nn.Module, tuple[Any, ...]]]
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertsSpelling:
+    """One way to write the experts.
+
+    source: where it comes from (package, file, versions).
+    anchor: name of an ATen or custom op without which this spelling cannot occur ("aten::_grouped_mm").
+    facts: keyword arguments of the reference, each with the values it may take.
+    loop: the reference visits experts one by one; its iteration is the pattern.
+    """
+
+    name: str
+    source: str
+    reference: Callable[..., torch.Tensor]
+    anchor: str
+    facts: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+    loop: bool = False
+    samples: tuple[Sample, ...] = ()
+    near_misses: tuple[NearMiss, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RouterSpelling:
+    """One way to write a router that ``moe_inductor::topk_routing`` computes.
+
+    facts must contain "renormalise"; score names the function over all logits.
+    """
+
+    name: str
+    source: str
+    reference: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    score: Literal["softmax"] = "softmax"
+    facts: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+    samples: tuple[Sample, ...] = ()
+    near_misses: tuple[NearMiss, ...] = ()
+
+
+Spelling = ExpertsSpelling | RouterSpelling
+
+
+def combinations(facts: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    """Every choice of one value per fact."""
+    for values in itertools.product(*facts.values()):
+        yield dict(zip(facts, values, strict=True))
+
+
+def discover() -> list[Spelling]:
+    """Every spelling defined at the top level of a module in ``moe_inductor.patterns``, in name order."""
+    package = importlib.import_module("moe_inductor.patterns")
+    found: dict[str, Spelling] = {}
+    for info in sorted(pkgutil.iter_modules(package.__path__), key=lambda i: i.name):
+        for spelling in _spellings(importlib.import_module(f"{package.__name__}.{info.name}")):
+            if found.setdefault(spelling.name, spelling) is not spelling:
+                raise ValueError(f"two patterns are named {spelling.name!r}")
+    return list(found.values())
+
+
+def _spellings(module: ModuleType) -> Iterator[Spelling]:
+    for item in vars(module).values():
+        if isinstance(item, (ExpertsSpelling, RouterSpelling)):
+            yield item

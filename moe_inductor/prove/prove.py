@@ -1,0 +1,100 @@
+"""A match proposes; a proof disposes.
+
+The reference of the matched spelling is traced again, with the described MLP and with tensors that have exactly the
+metadata of the matched ones, and must be the same expression as the model's block.  Every constant, dimension, dtype
+and order that the pattern took for a wildcard is compared here.  What is not proved is not rewritten.
+
+(PyTorch's own attention matcher rewrote wrong permutes silently until it re-traced: pytorch #195320, #195383.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from moe_inductor.match.bind import Bound, BoundRouter
+from moe_inductor.prove.expressions import Numbering, describe
+from moe_inductor.prove.reference import DescribedExperts
+from moe_inductor.reasons import Code, Refusal
+from moe_inductor.region.canonical import Canonical, trace
+from moe_inductor.region.nodes import value
+from moe_inductor.region.normalise import normalise
+
+
+def prove_experts(canonical: Canonical, bound: Bound) -> None:
+    """``bound.output`` equals the reference of its spelling.  Raises Refusal(PROOF) with the first difference."""
+    _same(canonical, [bound.output], bound.inputs(), reference_of(bound), Code.PROOF)
+
+
+def prove_router(canonical: Canonical, bound: Bound, router: BoundRouter) -> None:
+    """The block's topk_weights and topk_ids equal the router's reference.  Raises Refusal(ROUTER)."""
+
+    def reference(router_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return router.spelling.reference(router_logits, bound.moe.top_k, **router.facts)
+
+    outputs = [bound.topk_weights, bound.topk_ids]
+    _same(canonical, outputs, [router.logits], reference, Code.ROUTER)
+
+
+def reference_of(bound: Bound) -> Callable[..., torch.Tensor]:
+    """The spelling's reference as a function of ``bound.inputs()``."""
+    moe = bound.moe
+    counts = [len(bound.gate_up.nodes), len(bound.up.nodes) if bound.up else 0]
+
+    def reference(
+        x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, *weights: torch.Tensor
+    ) -> torch.Tensor:
+        gate_up = weights[: counts[0]]
+        up = weights[counts[0] : sum(counts)]
+        down = weights[sum(counts) :]
+        experts = DescribedExperts(moe, gate_up, up, down, bound.visited)
+        return bound.spelling.reference(
+            x.reshape(-1, moe.experts.hidden_size),
+            topk_ids.reshape(-1, moe.top_k),
+            topk_weights.reshape(-1, moe.top_k),
+            experts,
+            **bound.facts,
+        )
+
+    return reference
+
+
+def _same(
+    canonical: Canonical,
+    outputs: Sequence[fx.Node],
+    inputs: Sequence[fx.Node],
+    reference: Callable[..., Any],
+    code: Code,
+) -> None:
+    where = canonical.source_of(outputs[0])
+    try:
+        traced = trace(reference, [value(n) for n in inputs], canonical.fake_mode)
+    except Exception as error:
+        text = str(error).strip().splitlines()
+        raise Refusal(
+            code,
+            "the reference does not run with the block's tensors: "
+            f"{type(error).__name__}: {text[0] if text else ''}",
+            where,
+        ) from error
+    graph, _ = normalise(traced.graph, keep_detach=canonical.grad_enabled)
+    numbering = Numbering()
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    for position, (mine, theirs) in enumerate(zip(inputs, placeholders, strict=True)):
+        # One tensor bound twice (tied experts) is one leaf.
+        name = min(i for i, n in enumerate(inputs) if n is mine) if mine in inputs else position
+        numbering.leaf(mine, name)
+        numbering.leaf(theirs, name)
+    (output,) = (n for n in graph.nodes if n.op == "output")
+    results = output.args[0] if isinstance(output.args[0], (tuple, list)) else (output.args[0],)
+    for mine, theirs in zip(outputs, results, strict=True):
+        if numbering.number(mine) != numbering.number(theirs):
+            here, there = numbering.difference(mine, theirs) or (mine, theirs)
+            raise Refusal(
+                code,
+                f"the model computes {describe(here)} where the pattern has {describe(there)}",
+                canonical.source_of(here) if isinstance(here, fx.Node) else where,
+            )

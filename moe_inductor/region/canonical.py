@@ -1,0 +1,225 @@
+"""A region, traced again on its own into a small functional ATen graph, with the way back to the Dynamo graph.
+
+Dynamo's graph is torch IR: in-place operators, methods, many surface forms.  Nothing is matched there.  The region is
+run once with fake tensors under functionalisation, with no decomposition (Inductor's would turn silu into five nodes)
+and with gradients off, and then brought to normal form.  What a Dynamo node is worth when the region has
+run is recorded for every node, so that a value matched here can be named, read and replaced there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from moe_inductor._compat import (
+    FakeTensor,
+    FakeTensorMode,
+    FunctionalTensorMode,
+    dispatch_functionalize,
+    make_fx,
+)
+from moe_inductor.reasons import Code, Refusal
+from moe_inductor.region.find import Region
+from moe_inductor.region.nodes import is_floating, location, mutated, name_of, storages, value
+from moe_inductor.region.normalise import normalise
+
+
+@dataclasses.dataclass(eq=False)
+class Canonical:
+    """module, graph: the normal form, one placeholder per tensor input of the region; only read, never run.
+    dynamo_of: for a normal-form node, the Dynamo nodes that hold its value once the region has run, inputs included.
+    fake_mode, device: where to trace references that are to be compared with ``graph``.
+    """
+
+    region: Region
+    module: fx.GraphModule
+    dynamo_of: dict[fx.Node, list[fx.Node]]
+    fake_mode: FakeTensorMode
+    grad_enabled: bool
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+    def source_of(self, node: fx.Node | None) -> str:
+        """The model's source line behind a normal-form node."""
+        while node is not None:
+            if found := location(node):
+                return found
+            for dynamo in self.dynamo_of.get(node, ()):
+                if found := location(dynamo):
+                    return found
+            node = next(iter(node.all_input_nodes), None)
+        return self.region.location
+
+
+def canonicalise(gm: fx.GraphModule, region: Region) -> Canonical:
+    """Trace ``region``.  Raises Refusal (MUTATION, GRAD_STATE, AUTOCAST, CANONICALISE)."""
+    grad_enabled = _one_state(region)
+    _no_foreign_mutation(region)
+    fake_mode = _fake_mode(region)
+    wanted = [n for n in region.nodes if _trackable(n)]
+    runner = _Runner(gm, region, wanted)
+    try:
+        traced = trace(runner, [value(n) for n in region.inputs], fake_mode)
+    except Refusal:
+        raise
+    except Exception as error:
+        where = location(runner.current) if runner.current is not None else region.location
+        name = name_of(runner.current) if runner.current is not None else "?"
+        text = str(error).strip().splitlines()
+        raise Refusal(
+            Code.CANONICALISE,
+            f"`{name}` could not be traced: {type(error).__name__}: {text[0] if text else ''}",
+            where,
+        ) from error
+    graph, env = normalise(traced.graph, keep_detach=grad_enabled)
+    dynamo_of: dict[fx.Node, list[fx.Node]] = {}
+    holders = list(zip(region.inputs, _placeholders(traced.graph), strict=True))
+    holders += list(zip(wanted, _results(traced.graph), strict=True))
+    for dynamo, raw in holders:
+        new = env.get(raw)
+        if isinstance(new, fx.Node):
+            dynamo_of.setdefault(new, []).append(dynamo)
+    return Canonical(region, fx.GraphModule(traced, graph), dynamo_of, fake_mode, grad_enabled)
+
+
+def trace(
+    fn: Callable[..., Any],
+    values: Sequence[Any],
+    fake_mode: FakeTensorMode,
+) -> fx.GraphModule:
+    """``fn`` as a functional ATen graph.  values: fake tensors and sizes, of which only the metadata is used."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_autocast_off())
+        stack.enter_context(fake_mode)
+        if fake_mode.shape_env is not None:
+            # Symbols made by running nonzero() again belong to nobody.
+            stack.enter_context(fake_mode.shape_env.ignore_fresh_unbacked_symbols())
+        stack.enter_context(fx.traceback.preserve_node_meta())
+        args = [_fresh(v) for v in values]
+        gm = make_fx(
+            dispatch_functionalize(fn, FunctionalTensorMode()),
+            decomposition_table={},
+            tracing_mode="real",
+        )(*args)
+    return gm
+
+
+class _Runner(fx.Interpreter):
+    """Runs the region's Dynamo nodes; returns the final value of every wanted one."""
+
+    def __init__(self, gm: fx.GraphModule, region: Region, wanted: list[fx.Node]) -> None:
+        super().__init__(gm, graph=region.graph)
+        self.region = region
+        self.wanted = wanted
+        self.current: fx.Node | None = None
+
+    def __call__(self, *args: Any) -> tuple[Any, ...]:
+        self.env = dict(zip(self.region.inputs, args, strict=True))
+        for node in self.region.nodes:
+            self.current = node
+            with fx.traceback.set_current_meta(node):  # ATen nodes inherit the model's source line
+                self.env[node] = self.run_node(node)
+        self.current = None
+        return tuple(self.env[n] for n in self.wanted)
+
+
+def _trackable(node: fx.Node) -> bool:
+    return isinstance(value(node), torch.Tensor)
+
+
+def _placeholders(graph: fx.Graph) -> list[fx.Node]:
+    return [n for n in graph.nodes if n.op == "placeholder"]
+
+
+def _results(graph: fx.Graph) -> list[Any]:
+    (output,) = (n for n in graph.nodes if n.op == "output")
+    return list(output.args[0])
+
+
+def _fresh(item: Any) -> Any:
+    if not isinstance(item, torch.Tensor):
+        return item
+    return torch.empty_strided(item.shape, item.stride(), dtype=item.dtype, device=item.device)
+
+
+@contextlib.contextmanager
+def _autocast_off() -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def _fake_mode(region: Region) -> FakeTensorMode:
+    for node in (*region.inputs, *region.nodes):
+        found = value(node)
+        if isinstance(found, FakeTensor):
+            return found.fake_mode
+    raise Refusal(Code.CANONICALISE, "the region has no tensor inputs", region.location)
+
+
+def _one_state(region: Region) -> bool:
+    """All floating-point work of a region runs under one grad mode and outside autocast; returns the grad mode.
+
+    A value computed under ``torch.no_grad()`` inside a block that trains has no gradient; a fused block would give it one.
+    """
+    members = set(region.nodes)
+    grad = torch.is_grad_enabled()
+    autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    depth: list[bool] = []
+    states: dict[bool, fx.Node] = {}
+    for node in region.graph.nodes:
+        name = name_of(node)
+        if name == "_set_grad_enabled":
+            grad = bool(node.args[0])
+        elif name == "_enter_autocast":
+            depth.append(bool(node.args[2]) if len(node.args) > 2 else True)
+        elif name == "_exit_autocast" and depth:
+            depth.pop()
+        elif node in members and is_floating(node):
+            if depth[-1] if depth else autocast:
+                raise Refusal(Code.AUTOCAST, "", location(node))
+            states.setdefault(grad, node)
+    if len(states) > 1:
+        raise Refusal(Code.GRAD_STATE, "", location(states[False]))
+    return next(iter(states), True)
+
+
+def _no_foreign_mutation(region: Region) -> None:
+    """Nothing outside changes what the region reads while it runs, and the region changes only what it made."""
+    members = set(region.nodes)
+    made: set[int] = set()
+    read: set[int] = set()
+    for node in region.nodes:
+        made |= storages(node)
+    for node in region.inputs:
+        read |= storages(node)
+    inside = False
+    pending = len(region.nodes)
+    for node in region.graph.nodes:
+        if node in members:
+            inside, pending = True, pending - 1
+        if not (inside and pending):
+            continue
+        for target in mutated(node):
+            if node in members and storages(target) & read:
+                raise Refusal(
+                    Code.MUTATION,
+                    f"`{name_of(node)}` changes an input of the block",
+                    location(node),
+                )
+            if node not in members and storages(target) & (read | made):
+                raise Refusal(
+                    Code.MUTATION,
+                    f"`{name_of(node)}` changes a tensor of the block in the middle of it",
+                    location(node),
+                )

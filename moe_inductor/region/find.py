@@ -1,0 +1,296 @@
+"""Find the mixture-of-experts regions of a Dynamo graph, by data flow and not by syntax.
+
+A region belongs to one *root*: the node that chose the experts (a top-k, an argmax, or, when only the experts are
+in the graph, the integer input that carries ``topk_ids``).  Its *anchors* are what no other code has: a grouped
+GEMM, a batched GEMM over gathered weights, or rows selected by a data-dependent index.  The region is everything
+between the two, and everything after the anchors that reads nothing but the region: that ends where the
+residual stream comes in.  It may be too large, never too small to see: the match, made on the canonical form,
+decides what the block is; the region only has to contain it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import operator
+
+from torch import fx
+
+from moe_inductor.region.nodes import (
+    has_unbacked,
+    is_integral,
+    is_tensor,
+    location,
+    mutated,
+    name_of,
+    storages,
+    tensors,
+    unbacked,
+    value,
+)
+
+_GROUPED_GEMMS = frozenset({"_grouped_mm", "grouped_mm", "grouped_mm_fallback"})
+_BATCHED_GEMMS = frozenset({"bmm", "matmul", "einsum", "baddbmm"})
+_GEMMS = (
+    _GROUPED_GEMMS
+    | _BATCHED_GEMMS
+    | {
+        "linear",
+        "mm",
+        "addmm",
+        "addbmm",
+        "__matmul__",
+        "_scaled_mm",
+        "conv1d",
+        "conv2d",
+        "bilinear",
+    }
+)
+# Reading rows of something computed outside is how experts get their tokens.
+_GATHERS = frozenset({"getitem", "index_select", "gather", "take_along_dim", "embedding", "take"})
+# Pulled into a region when they only prepare one of its operands: no arithmetic, cheap to trace twice.
+_VIEWS = frozenset(
+    {
+        "view", "reshape", "unsqueeze", "squeeze", "flatten", "transpose", "permute", "t", "T", "mT", "expand",
+        "contiguous", "to", "type", "float", "bfloat16", "half", "type_as", "repeat_interleave", "chunk", "split",
+        "unbind", "select", "narrow", "getattr", "expand_as", "view_as", "detach", "getitem", "size", "sym_size",
+    }
+)  # fmt: skip
+_CONSTRUCTORS = frozenset(
+    {
+        "zeros", "zeros_like", "new_zeros", "empty", "empty_like", "new_empty", "arange", "full", "full_like",
+        "new_full", "ones", "ones_like", "new_ones",
+    }
+)  # fmt: skip
+_SELECTORS = frozenset(
+    {"topk", "argmax", "max", "sort", "argsort", "multinomial", "where", "nonzero"}
+)
+# A router between its logits and its top-k has a handful of nodes; a longer walk left the router.
+_ROUTER_LIMIT = 64
+
+
+@dataclasses.dataclass(eq=False)
+class Region:
+    """One candidate block.
+
+    nodes: members in graph order.  inputs: nodes outside that members read.  outputs: members that are read
+    outside, or that nobody reads (the graph's outputs count as readers).
+    root: what chose the experts.  anchor: the first node that made us look.
+    """
+
+    graph: fx.Graph
+    nodes: list[fx.Node]
+    root: fx.Node
+    anchor: fx.Node
+
+    def __post_init__(self) -> None:
+        members = set(self.nodes)
+        seen: dict[fx.Node, None] = {}
+        for node in self.nodes:
+            for arg in node.all_input_nodes:
+                if arg not in members:
+                    seen.setdefault(arg)
+        self.inputs = list(seen)
+        self.outputs = [n for n in self.nodes if any(u not in members for u in n.users)]
+
+    @property
+    def location(self) -> str:
+        return location(self.anchor) or location(self.root)
+
+
+def looks_like_moe(graph: fx.Graph) -> bool:
+    """Cheap pre-check, linear in the graph: false for every model without experts, which then costs nothing."""
+    return any(_is_anchor(node) for node in graph.nodes)
+
+
+def find_regions(graph: fx.Graph) -> list[Region]:
+    """All candidate blocks of ``graph``, in order; empty for a graph without anchors."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    by_root: dict[fx.Node, list[fx.Node]] = {}
+    writers = _writers(graph)
+    for node in graph.nodes:
+        if _is_anchor(node) and (root := _root_of(node, order, writers)) is not None:
+            by_root.setdefault(root, []).append(node)
+    regions = [_grow(graph, root, anchors, order) for root, anchors in by_root.items()]
+    return sorted(regions, key=lambda region: order[region.nodes[0]])
+
+
+def router_only(graph: fx.Graph) -> fx.Node | None:
+    """A top-k over a small last dimension in a graph without anchors: the router of an MoE whose experts were
+    left behind by a graph break.  Returns the node whose source line should be named."""
+    for node in graph.nodes:
+        if name_of(node) == "one_hot" or (
+            name_of(node) in ("nonzero", "where") and has_unbacked(node)
+        ):
+            return node
+    return None
+
+
+def _is_anchor(node: fx.Node) -> bool:
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = name_of(node)
+    if name in _GROUPED_GEMMS:
+        return True
+    if name in _BATCHED_GEMMS:
+        return any(_is_gathered_weight(a) for a in node.all_input_nodes)
+    return is_tensor(node) and has_unbacked(node) and _selects_rows(node)
+
+
+def _is_gathered_weight(node: fx.Node) -> bool:
+    """``weight[topk_ids]``: whole matrices picked by an integer tensor."""
+    while name_of(node) in _VIEWS and name_of(node) != "getitem" and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    if name_of(node) not in ("getitem", "index_select", "embedding") or not is_tensor(node):
+        return False
+    source, *rest = node.all_input_nodes
+    return (
+        is_tensor(source) and value(source).dim() >= 3 and any(is_integral(index) for index in rest)
+    )
+
+
+def _selects_rows(node: fx.Node) -> bool:
+    """``hidden_states[token_idx]`` or ``index_add_(0, token_idx, ...)`` with a data-dependent ``token_idx``."""
+    return name_of(node) in _GATHERS and any(
+        is_integral(a) and has_unbacked(a) for a in node.all_input_nodes[1:]
+    )
+
+
+def _is_root(node: fx.Node) -> bool:
+    """Does ``node`` turn scores into a choice of experts?"""
+    name = name_of(node)
+    if node.op == "placeholder":
+        return is_integral(node) and value(node).dim() >= 1
+    if name in ("topk", "argmax", "multinomial"):
+        return True
+    if name in ("sort", "argsort", "max"):
+        return bool(node.all_input_nodes) and any(
+            t.dtype.is_floating_point for t in tensors(node.all_input_nodes[0])
+        )
+    return False
+
+
+def _root_of(
+    anchor: fx.Node, order: dict[fx.Node, int], writers: dict[int, list[fx.Node]]
+) -> fx.Node | None:
+    """The latest node that chose experts among everything the anchor depends on.
+
+    "Latest" because an anchor of layer 7 depends on the top-k of layers 0..6 as well, through the residual stream.
+    """
+    heap, seen = [(-order[anchor], anchor.name, anchor)], {anchor}
+    while heap:
+        _, _, node = heapq.heappop(heap)
+        if _is_root(node):
+            return node
+        before = [w for s in storages(node) for w in writers.get(s, ()) if order[w] < order[anchor]]
+        for arg in (*node.all_input_nodes, *before):
+            if arg not in seen:
+                seen.add(arg)
+                heapq.heappush(heap, (-order[arg], arg.name, arg))
+    return None
+
+
+def _writers(graph: fx.Graph) -> dict[int, list[fx.Node]]:
+    found: dict[int, list[fx.Node]] = {}
+    for node in graph.nodes:
+        for target in mutated(node):
+            for storage in storages(target):
+                found.setdefault(storage, []).append(node)
+    return found
+
+
+def _grow(
+    graph: fx.Graph, root: fx.Node, anchors: list[fx.Node], order: dict[fx.Node, int]
+) -> Region:
+    after = [
+        n for n in graph.nodes if order[n] > order[root] and n.op not in ("output", "placeholder")
+    ]
+    last_anchor = max(order[a] for a in anchors)
+
+    # Everything that depends on the choice of experts, through values or through tensors changed in place.
+    chosen: set[fx.Node] = {root}
+    dirty: set[int] = set()
+    for node in after:
+        if any(a in chosen or storages(a) & dirty for a in node.all_input_nodes):
+            chosen.add(node)
+            for target in mutated(node):
+                dirty |= storages(target)
+
+    # What leads to an anchor ...
+    leads: set[fx.Node] = set(anchors)
+    for node in reversed(after):
+        if order[node] <= last_anchor and node in chosen:
+            if any(u in leads for u in node.users):
+                leads.add(node)
+            elif any(m in leads or any(u in leads for u in m.users) for m in mutated(node)):
+                leads.add(node)
+
+    # ... and what follows from the region alone.
+    members = {root} | leads
+    for node in after:
+        if node in chosen and node not in members and _closed(node, members, chosen):
+            members.add(node)
+    for node in (
+        after
+    ):  # an index computed for a later step may have been refused before its reader came in
+        if node in chosen and node not in members and any(u in members for u in node.users):
+            members.add(node)
+
+    _add_router(root, members)
+    _add_operands(members)
+    return Region(graph, [n for n in graph.nodes if n in members], root, anchors[0])
+
+
+def _closed(node: fx.Node, members: set[fx.Node], chosen: set[fx.Node]) -> bool:
+    """May ``node`` join: it reads the region, and otherwise only parameters, fresh tensors or gathered rows."""
+    inputs = node.all_input_nodes
+    if any(unbacked(value(a)) for a in inputs) or has_unbacked(node):
+        return True
+    if not any(a in members for a in inputs) or name_of(node) in _GEMMS:
+        return False
+    if name_of(node) in _GATHERS:
+        return inputs[0] in members or all(a in members for a in inputs[1:])
+    return all(a in members or _is_source(a) or not list(tensors(a)) for a in inputs)
+
+
+def _is_source(node: fx.Node) -> bool:
+    """A graph input, a constant, a fresh tensor, or a view of one."""
+    while node.op.startswith("call") and name_of(node) in _VIEWS and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node.op in ("placeholder", "get_attr") or name_of(node) in _CONSTRUCTORS
+
+
+def _add_router(root: fx.Node, members: set[fx.Node]) -> None:
+    """From the choice back to the logits: up to, not including, the GEMM that made them."""
+    todo, found = list(root.all_input_nodes), set()
+    while todo:
+        node = todo.pop()
+        if node in found or node.op in ("placeholder", "get_attr") or name_of(node) in _GEMMS:
+            continue
+        found.add(node)
+        if len(found) > _ROUTER_LIMIT:
+            return
+        todo += node.all_input_nodes
+        todo += [u for u in node.users if u in mutated_by(node)]
+    members |= found
+
+
+def mutated_by(node: fx.Node) -> list[fx.Node]:
+    """Users that change ``node`` in place."""
+    return [u for u in node.users if node in mutated(u)]
+
+
+def _add_operands(members: set[fx.Node]) -> None:
+    """Views, casts and fresh tensors that only prepare an operand come along, so that the canonical form sees
+    them: ``weight.transpose(-2, -1)``, ``hidden_states.view(-1, H)``, ``torch.zeros_like(hidden_states)``."""
+    todo = [a for n in members for a in n.all_input_nodes if a not in members]
+    while todo:
+        node = todo.pop()
+        if node in members or not node.op.startswith("call"):
+            continue
+        name = name_of(node)
+        if name == "getitem" and any(is_tensor(a) for a in node.all_input_nodes[1:]):
+            continue
+        if name in _VIEWS or name in _CONSTRUCTORS or node.target is operator.getitem:
+            members.add(node)
+            todo += node.all_input_nodes

@@ -1,0 +1,424 @@
+"""The normal form of a canonical region: one way to write what people write in many ways.
+
+``normalise`` re-emits an ATen graph node by node.  Each node is first spelled uniformly (arguments by position,
+defaults dropped, sizes as literals), then rewritten by the first rule that applies, then interned: equal expressions become
+one node.  Rules never change a value; each states its equation.  The model's region and the reference that is to
+be proved equal to it go through the same function, so a rule can make a match possible but never make it wrong.
+
+The result is only read (matched and compared), never run: sizes stand in it as literal ints and SymInts.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from moe_inductor._compat import FakeTensor
+from moe_inductor.region.nodes import is_integral, unbacked, value
+
+aten = torch.ops.aten
+
+_COPIES = {
+    aten.alias.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.lift_fresh_copy.default,
+    aten.lift_fresh.default,
+    aten._unsafe_view.default,
+}
+_RESHAPES = {
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+}
+_PERMUTES = {aten.t.default, aten.transpose.int, aten.permute.default}
+_ZEROS = {aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default}
+_FULLS = {aten.full.default, aten.full_like.default, aten.new_full.default}
+_ASSERTS = {
+    aten._assert_scalar.default,
+    aten._assert_async.default,
+    aten._assert_async.msg,
+    aten._assert_tensor_metadata.default,
+    aten.sym_constrain_range.default,
+    aten.sym_constrain_range_for_size.default,
+}
+_COMMUTATIVE = {aten.add.Tensor, aten.mul.Tensor}
+_ACTIVATIONS = {
+    aten.silu.default,
+    aten.gelu.default,
+    aten.relu.default,
+    aten.sigmoid.default,
+    aten.tanh.default,
+}
+
+Rule = Callable[["Emitter", fx.Node, tuple, dict], Any]
+RULES: dict[Any, list[Rule]] = {}
+
+
+def rule(*targets: Any) -> Callable[[Rule], Rule]:
+    def register(fn: Rule) -> Rule:
+        for target in targets:
+            RULES.setdefault(target, []).append(fn)
+        return fn
+
+    return register
+
+
+class Emitter:
+    """Builds the normal form.  ``emit`` is the only way to make a node, so every node is interned."""
+
+    def __init__(self, *, keep_detach: bool) -> None:
+        self.graph = fx.Graph()
+        self.keep_detach = keep_detach
+        self._interned: dict[Any, fx.Node] = {}
+
+    def emit(
+        self, target: Any, args: tuple, kwargs: dict, val: Any, origin: str | None = None
+    ) -> fx.Node:
+        key = (target, _key(args), _key(kwargs))
+        # A fresh unbacked symbol is a new fact each time; two nonzeros of one mask are still equal.
+        node = self._interned.get(key)
+        if node is None:
+            node = self.graph.call_function(target, args, kwargs)
+            node.meta["val"] = val
+            if origin is not None:
+                node.meta["stack_trace"] = origin
+            self._interned[key] = node
+        return node
+
+    # -- the three uniform spellings that rules build -------------------------------------------------------------
+    def view(self, base: fx.Node, val: Any, origin: str | None) -> fx.Node:
+        """view(view(x, a), b) = view(x, b);  view(x, shape of x) = x"""
+        if base.target is aten.view.default:
+            base = base.args[0]  # type: ignore[assignment]
+        if _same_shape(value(base), val):
+            return base
+        return self.emit(aten.view.default, (base, _sizes(val)), {}, val, origin)
+
+    def permute(self, base: fx.Node, dims: list[int], val: Any, origin: str | None) -> fx.Node:
+        """permute(permute(x, p), q) = permute(x, p[q]);  permute(x, identity) = x"""
+        if base.target is aten.permute.default:
+            inner = base.args[1]
+            dims = [inner[d] for d in dims]  # type: ignore[index]
+            base = base.args[0]  # type: ignore[assignment]
+        if dims == sorted(dims):
+            return base
+        return self.emit(aten.permute.default, (base, dims), {}, val, origin)
+
+    def slice(
+        self, base: fx.Node, dim: int, start: Any, end: Any, val: Any, origin: str | None
+    ) -> fx.Node:
+        """slice(x, dim, 0, size) = x"""
+        if _same_shape(value(base), val):
+            return base
+        return self.emit(aten.slice.Tensor, (base, dim, start, end), {}, val, origin)
+
+
+def normalise(graph: fx.Graph, *, keep_detach: bool = True) -> tuple[fx.Graph, dict[fx.Node, Any]]:
+    """Returns the normal form of ``graph`` and, for each old node, what it became (a node, a size, or None).
+
+    keep_detach: keep ``detach`` on floating-point tensors; it is a no-op only where no gradient can flow.
+    """
+    out = Emitter(keep_detach=keep_detach)
+    env: dict[fx.Node, Any] = {}
+    for node in graph.nodes:
+        env[node] = _emit(out, node, env)
+    return out.graph, env
+
+
+def _emit(out: Emitter, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+    if node.op == "placeholder":
+        found = value(node)
+        if isinstance(found, (int, torch.SymInt)) and not unbacked(found):
+            return found  # a size: spelled by its symbol wherever it occurs
+        new = out.graph.placeholder(node.name)
+        new.meta.update(node.meta)
+        return new
+    if node.op == "get_attr":
+        new = out.graph.get_attr(str(node.target))
+        new.meta.update(node.meta)
+        return new
+    if node.op == "output":
+        return out.graph.output(fx.map_arg(node.args[0], lambda a: env[a]))
+    found = value(node)
+    if node.target in _ASSERTS or isinstance(found, (torch.SymBool, bool)):
+        return None  # says that a size is in its bounds; the fused op has no such size
+    if isinstance(found, (int, torch.SymInt)) and not unbacked(found):
+        return found
+    args, kwargs = _uniform(node, lambda a: env[a])
+    for apply in RULES.get(node.target, ()):
+        result = apply(out, node, args, kwargs)
+        if result is not None:
+            return result
+    return out.emit(node.target, args, kwargs, found, node.meta.get("stack_trace"))
+
+
+# -- rules -------------------------------------------------------------------------------------------------------------
+
+
+@rule(*_COPIES)
+def _copy(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """clone(x) = x as a value; nothing in a canonical region is mutated."""
+    return None if node.target in _RESHAPES else args[0]
+
+
+@rule(aten.detach.default)
+def _detach(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """detach(x) = x where no gradient flows: integers, or gradients are off."""
+    return args[0] if is_integral(node) or not out.keep_detach else None
+
+
+@rule(aten._to_copy.default)
+def _cast(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """cast(x, dtype of x) = x"""
+    source, made = value(args[0]), value(node)
+    if source.dtype == made.dtype and source.device == made.device:
+        return args[0]
+    kept = {"dtype": made.dtype} if source.dtype != made.dtype else {}
+    if source.device != made.device:
+        kept["device"] = made.device
+    return out.emit(aten._to_copy.default, args[:1], kept, made, node.meta.get("stack_trace"))
+
+
+@rule(*_RESHAPES)
+def _reshape(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """unsqueeze, squeeze, flatten, reshape(x, ..) = view(x, shape of the result)
+    view(slice(x, d, i, i + 1)) without dimension d = select(x, d, i)"""
+    made, base = value(node), args[0]
+    if base.target is aten.slice.Tensor and len(base.args) == 4:
+        source, dim, start, end = base.args
+        shape = list(value(source).shape)
+        if (
+            isinstance(start, int)
+            and isinstance(end, int)
+            and end == start + 1
+            and _same_sizes(made.shape, shape[:dim] + shape[dim + 1 :])
+        ):
+            return out.emit(
+                aten.select.int, (source, dim, start), {}, made, node.meta.get("stack_trace")
+            )
+    return out.view(base, made, node.meta.get("stack_trace"))
+
+
+@rule(*_PERMUTES)
+def _transpose(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """t(x), transpose(x, a, b) = permute(x, dims)"""
+    rank = value(args[0]).dim()
+    dims = list(range(rank))
+    if node.target is aten.permute.default:
+        dims = [d % rank for d in args[1]]
+    elif rank >= 2:
+        a, b = (0, 1) if node.target is aten.t.default else (args[1] % rank, args[2] % rank)
+        dims[a], dims[b] = dims[b], dims[a]
+    return out.permute(args[0], dims, value(node), node.meta.get("stack_trace"))
+
+
+@rule(aten.expand.default)
+def _expand(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """expand(x, shape of x) = x; sizes are spelled out, never -1"""
+    made = value(node)
+    if _same_shape(value(args[0]), made):
+        return args[0]
+    return out.emit(
+        aten.expand.default, (args[0], _sizes(made)), {}, made, node.meta.get("stack_trace")
+    )
+
+
+@rule(*_ZEROS, *_FULLS)
+def _fill(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """zeros(..), zeros_like(..), new_zeros(..) = full(shape, 0, dtype)"""
+    made = value(node)
+    fill = 0
+    if node.target in _FULLS:
+        position = 2 if node.target is aten.new_full.default else 1
+        fill = args[position] if len(args) > position else kwargs.get("fill_value", 0)
+        fill = 0 if fill == 0 else fill
+    kept = {"dtype": made.dtype, "device": made.device}
+    return out.emit(
+        aten.full.default, (_sizes(made), fill), kept, made, node.meta.get("stack_trace")
+    )
+
+
+@rule(aten.slice.Tensor)
+def _slice(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """slice(x, d, a, b): bounds inside the dimension, never negative; a step other than 1 stays as written"""
+    if len(args) > 4 and args[4] != 1:
+        return None
+    dim, start, end = (
+        (*args[1:4], *(0, None, None)[len(args) - 1 :])[:3] if len(args) < 4 else args[1:4]
+    )
+    size = value(args[0]).shape[dim]
+    start = 0 if start is None else start
+    if isinstance(size, int):
+        end = size if end is None else end
+        if isinstance(start, int) and isinstance(end, int):
+            start, end = (min(max(v + size if v < 0 else v, 0), size) for v in (start, end))
+    return out.slice(
+        args[0], dim % value(args[0]).dim(), start, end, value(node), node.meta.get("stack_trace")
+    )
+
+
+@rule(operator.getitem)
+def _part(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """split(x, n, d)[i] = slice(x, d, i n, (i + 1) n);  unbind(x, d)[i] = select(x, d, i)"""
+    pack, position = args
+    made = value(node)
+    origin = node.meta.get("stack_trace")
+    if not isinstance(pack, fx.Node):
+        return None
+    rest = list(pack.args[1:])
+    if pack.target is aten.unbind.int:
+        dim = rest[0] if rest else 0
+        base = pack.args[0]
+        return out.emit(
+            aten.select.int, (base, dim % value(base).dim(), position), {}, made, origin
+        )
+    if pack.target in (aten.split.Tensor, aten.split_with_sizes.default):
+        base, sizes = pack.args[:2]
+        dim = (rest[1] if len(rest) > 1 else 0) % value(base).dim()
+        lengths = [v.shape[dim] for v in value(pack)]
+        if all(isinstance(n, int) for n in lengths):
+            start = sum(lengths[:position])
+            return out.slice(base, dim, start, start + lengths[position], made, origin)
+    return None
+
+
+@rule(aten.select.int)
+def _select(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """select(x, d, i): neither d nor a constant i is negative"""
+    base, dim, index = args
+    shape = value(base).shape
+    dim %= len(shape)
+    if isinstance(index, int) and index < 0 and isinstance(shape[dim], int):
+        index += shape[dim]
+    return out.emit(
+        aten.select.int, (base, dim, index), {}, value(node), node.meta.get("stack_trace")
+    )
+
+
+@rule(aten.index.Tensor)
+def _index(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """index(view(x, [1, *shape]), [None, i]) = view(index(x, [i]), [1, *..])
+    index(view(x, [*shape, 1]), [i..]) = view(index(x, [i..]), [.., 1])"""
+    base, indices = args[0], list(args[1])
+    made, origin = value(node), node.meta.get("stack_trace")
+    if base.target is not aten.view.default or not _only_indices(indices):
+        return None
+    source = base.args[0]
+    before, after = list(value(source).shape), list(value(base).shape)
+    leading = next((i for i, ix in enumerate(indices) if ix is not None), 0)
+    inner = [ix for ix in indices if ix is not None]
+    if leading == 1 and len(inner) == 1 and _same_sizes(after, [1, *before]):
+        gathered = value(node)[0]
+    elif leading == 0 and len(inner) <= len(before) and _same_sizes(after, [*before, 1]):
+        gathered = made.squeeze(-1)
+    else:
+        return None
+    return out.view(
+        out.emit(aten.index.Tensor, (source, inner), {}, gathered, origin), made, origin
+    )
+
+
+@rule(*_COMMUTATIVE)
+def _commute(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """a * b = b * a, a + b = b + a: the operand that has the result's shape comes first, then an activation"""
+    if kwargs or len(args) > 2:
+        return None
+    if not all(isinstance(a, fx.Node) and isinstance(value(a), torch.Tensor) for a in args):
+        return None
+    made = value(node)
+    a, b = args
+    rank_a, rank_b = (
+        (not _same_shape(value(n), made), n.target not in _ACTIVATIONS) for n in (a, b)
+    )
+    if rank_b < rank_a:
+        return out.emit(node.target, (b, a), {}, made, node.meta.get("stack_trace"))
+    return None
+
+
+def _only_indices(indices: list) -> bool:
+    """One run of integer index tensors after at most one None, so that no dimension moves."""
+    kinds = [ix is not None for ix in indices]
+    return any(kinds) and kinds in ([True] * len(kinds), [False] + [True] * (len(kinds) - 1))
+
+
+# -- uniform spelling ---------------------------------------------------------------------------------------------------
+
+
+def _uniform(node: fx.Node, env: Callable[[fx.Node], Any]) -> tuple[tuple, dict]:
+    """Arguments by position in schema order; trailing defaults dropped."""
+    args = fx.map_arg(node.args, env)
+    kwargs = dict(fx.map_arg(node.kwargs, env))
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return tuple(args), kwargs
+    positional = [a for a in node.target._schema.arguments if not a.kwarg_only]
+    spelled, named = list(args), dict(kwargs)
+    for argument in positional[len(spelled) :]:
+        if argument.name in named:
+            spelled.append(named.pop(argument.name))
+        elif argument.has_default_value():
+            spelled.append(argument.default_value)
+        else:
+            break
+    while len(spelled) and len(spelled) <= len(positional):
+        argument = positional[len(spelled) - 1]
+        if argument.has_default_value() and _plainly_equal(spelled[-1], argument.default_value):
+            spelled.pop()
+        else:
+            break
+    for argument in node.target._schema.arguments:
+        if (
+            argument.kwarg_only
+            and argument.name in named
+            and argument.has_default_value()
+            and _plainly_equal(named[argument.name], argument.default_value)
+        ):
+            del named[argument.name]
+    for noise in ("pin_memory", "layout", "memory_format", "non_blocking"):
+        named.pop(noise, None)
+    return tuple(spelled), named
+
+
+def _plainly_equal(a: Any, b: Any) -> bool:
+    return type(a) is type(b) and not isinstance(a, (fx.Node, torch.SymInt)) and a == b
+
+
+def _sizes(val: torch.Tensor) -> list[Any]:
+    return list(val.shape)
+
+
+def _same_sizes(a: Any, b: Any) -> bool:
+    return len(a) == len(b) and all(_size_key(x) == _size_key(y) for x, y in zip(a, b, strict=True))
+
+
+def _same_shape(a: Any, b: Any) -> bool:
+    return _same_sizes(a.shape, b.shape)
+
+
+def _size_key(size: Any) -> Any:
+    return str(size.node.expr) if isinstance(size, torch.SymInt) else size
+
+
+def _key(item: Any) -> Any:
+    """Hashable identity of an argument: nodes by identity, sizes by expression, floats by type and value."""
+    if isinstance(item, fx.Node):
+        return item
+    if isinstance(item, (tuple, list)):
+        return tuple(_key(i) for i in item)
+    if isinstance(item, dict):
+        return tuple(sorted((k, _key(v)) for k, v in item.items()))
+    if isinstance(item, torch.SymInt):
+        return ("sym", _size_key(item))
+    if isinstance(item, FakeTensor):
+        return id(item)
+    return (type(item).__name__, repr(item))

@@ -1,0 +1,193 @@
+"""The stages in a row: find regions, bring each to normal form, match, prove, rewrite, and report every step."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from moe_inductor.debug.report import BlockReport, CompileReport
+from moe_inductor.description import MoE, Router
+from moe_inductor.match.api import ExpertsSpelling, RouterSpelling, discover
+from moe_inductor.match.bind import Bound
+from moe_inductor.match.experts import propose
+from moe_inductor.match.router import propose_routers
+from moe_inductor.prove.prove import prove_experts, prove_router
+from moe_inductor.reasons import Code, Reason, Refusal
+from moe_inductor.region.canonical import Canonical, canonicalise
+from moe_inductor.region.find import Region, find_regions, looks_like_moe
+from moe_inductor.region.nodes import value
+from moe_inductor.rewrite.replace import Rewriter
+from moe_inductor.rewrite.support import check_support
+
+if TYPE_CHECKING:
+    from moe_inductor.options import Options
+
+# Of several reasons, the one that got furthest through the stages says most.
+_DEPTH = {code: depth for depth, code in enumerate(Code)}
+
+
+def fuse_moe_blocks(gm: fx.GraphModule, report: CompileReport, options: Options) -> None:
+    """Rewrite every provable MoE block of ``gm`` and of the bodies of its higher-order ops, in place.
+
+    Appends one BlockReport per region to ``report``.  A region that is refused is left exactly as it was.
+    """
+    for module in [m for m in gm.modules() if isinstance(m, fx.GraphModule)]:
+        if not looks_like_moe(module.graph):
+            continue
+        with _timed(report, "region"):
+            regions = find_regions(module.graph)
+        for region in regions:
+            _fuse_region(module, region, report, options)
+        if module is not gm:
+            module.recompile()
+
+
+def _fuse_region(
+    gm: fx.GraphModule, region: Region, report: CompileReport, options: Options
+) -> None:
+    before = len(region.nodes)
+    try:
+        with _timed(report, "canonical"):
+            canonical = canonicalise(gm, region)
+        blocks, refused = _prove_blocks(canonical, report)
+    except Refusal as refusal:
+        report.blocks.append(_not_fused(region, [refusal]))
+        return
+    report.artifacts[f"canonical_{len(report.artifacts)}"] = str(canonical.graph)
+    if not blocks:
+        report.blocks.append(_not_fused(region, refused))
+        return
+    for bound in blocks:
+        try:
+            with _timed(report, "rewrite"):
+                check_support(bound, canonical.source_of(bound.output))
+                rewriter = Rewriter(canonical)
+                rewriter.fuse_experts(bound)
+        except Refusal as refusal:
+            report.blocks.append(_not_fused(region, [refusal], bound))
+            continue
+        moe, router_reason = _fuse_router(canonical, bound, report, options)
+        report.blocks.append(
+            BlockReport(
+                spelling=bound.spelling.name,
+                fused=True,
+                location=canonical.source_of(bound.output),
+                moe=moe,
+                router_fused=router_reason is None,
+                router_reason=router_reason,
+                nodes_before=before,
+                nodes_after=len(region.nodes) + 1,
+                shapes=_shapes(bound),
+            )
+        )
+
+
+def _prove_blocks(canonical: Canonical, report: CompileReport) -> tuple[list[Bound], list[Refusal]]:
+    refused: list[Refusal] = []
+    proposals = propose(canonical, spellings()[0], refused)
+    while True:
+        with _timed(report, "match"):
+            proposed = next(proposals, None)
+        if proposed is None:
+            return [], refused
+        proved: list[Bound] = []
+        for bound in proposed:
+            try:
+                with _timed(report, "prove"):
+                    prove_experts(canonical, bound)
+            except Refusal as refusal:
+                refused.append(refusal)
+            else:
+                proved.append(bound)
+        if proved:
+            return proved, refused
+
+
+def _fuse_router(
+    canonical: Canonical, bound: Bound, report: CompileReport, options: Options
+) -> tuple[MoE, Reason | None]:
+    """Fuse the router as well; the block's description, and the reason why the router stayed or None."""
+    if not options.fuse_router:
+        return bound.moe, Reason(Code.ROUTER, "switched off by moe_inductor.fuse_router")
+    refused: list[Refusal] = []
+    try:
+        with _timed(report, "match"):
+            candidates = propose_routers(canonical, bound, spellings()[1])
+    except Refusal as refusal:
+        return bound.moe, refusal.reason
+    for router in candidates:
+        try:
+            with _timed(report, "prove"):
+                prove_router(canonical, bound, router)
+            with _timed(report, "rewrite"):
+                Rewriter(canonical).fuse_router(bound, router)
+        except Refusal as refusal:
+            refused.append(refusal)
+        else:
+            described = Router(
+                score=router.spelling.score,
+                k=bound.moe.top_k,
+                renormalise=bool(router.facts["renormalise"]),
+                weights_dtype=value(bound.topk_weights).dtype,
+            )
+            return dataclasses.replace(bound.moe, router=described), None
+    return bound.moe, _furthest(refused).reason
+
+
+@functools.cache
+def spellings() -> tuple[list[ExpertsSpelling], list[RouterSpelling]]:
+    """All patterns, by kind."""
+    found = discover()
+    return (
+        [s for s in found if isinstance(s, ExpertsSpelling)],
+        [s for s in found if isinstance(s, RouterSpelling)],
+    )
+
+
+def _furthest(refused: list[Refusal]) -> Refusal:
+    return max(refused, key=lambda r: _DEPTH[r.reason.code])
+
+
+def _not_fused(region: Region, refused: list[Refusal], bound: Bound | None = None) -> BlockReport:
+    refusal = (
+        _furthest(refused)
+        if refused
+        else Refusal(Code.SPELLING, "no known spelling of the experts", region.location)
+    )
+    reason = refusal.reason
+    if not reason.location:
+        reason = Reason(reason.code, reason.message, region.location)
+    return BlockReport(
+        spelling=bound.spelling.name if bound else "",
+        fused=False,
+        reason=reason,
+        location=region.location,
+        moe=bound.moe if bound else None,
+        nodes_before=len(region.nodes),
+    )
+
+
+def _shapes(bound: Bound) -> dict[str, str]:
+    named = {
+        "hidden_states": bound.x,
+        "topk_ids": bound.topk_ids,
+        "topk_weights": bound.topk_weights,
+    }
+    return {name: str(list(value(node).shape)) for name, node in named.items()}
+
+
+@contextlib.contextmanager
+def _timed(report: CompileReport, stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        report.stage_seconds[stage] = (
+            report.stage_seconds.get(stage, 0.0) + time.perf_counter() - start
+        )

@@ -1,0 +1,228 @@
+"""A proved block, rewritten in the Dynamo graph into calls of our ops.
+
+Nothing of the region is touched that somebody else still reads: the new call takes over the readers of the block's
+output, and what nobody needs any more is erased.  Router logits, ids or masks that an auxiliary loss reads simply
+stay as the model wrote them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from moe_inductor import ops  # noqa: F401  (registers the ops)
+from moe_inductor.match.bind import Bound, BoundRouter, Weight
+from moe_inductor.reasons import Code, Refusal
+from moe_inductor.region.canonical import Canonical
+from moe_inductor.region.nodes import is_floating, location, mutated, storages, value
+from moe_inductor.rewrite.liveness import erase_unneeded, needed
+
+_EXPERTS = torch.ops.moe_inductor.fused_experts.default
+_ROUTING = torch.ops.moe_inductor.topk_routing.default
+
+
+@dataclasses.dataclass(eq=False)
+class Rewriter:
+    """Rewrites one region.  All checks of a rewrite come before its first change."""
+
+    canonical: Canonical
+
+    def __post_init__(self) -> None:
+        region = self.canonical.region
+        self.graph = region.graph
+        self.order = {n: i for i, n in enumerate(self.graph.nodes)}
+        self.writes: dict[int, list[fx.Node]] = {}
+        for node in region.nodes:
+            for target in mutated(node):
+                for storage in storages(target):
+                    self.writes.setdefault(storage, []).append(node)
+
+    # -- who holds a value, and from when on -----------------------------------------------------------------------
+    def holders(self, node: fx.Node) -> list[fx.Node]:
+        """Dynamo nodes that are worth ``node`` once the region has run, earliest first."""
+        alive = [h for h in self.canonical.dynamo_of.get(node, ()) if h in self.order]
+        return sorted(alive, key=self.order.__getitem__)
+
+    def ready(self, holder: fx.Node) -> int:
+        """Position from which ``holder`` has its final value: where it is made, or last written to."""
+        written = [self.order[w] for s in storages(holder) for w in self.writes.get(s, ())]
+        return max([self.order[holder], *written])
+
+    def _readable(self, node: fx.Node, position: int) -> fx.Node:
+        """A Dynamo node that has the value of ``node`` at ``position``."""
+        for holder in self.holders(node):
+            if self.ready(holder) <= position:
+                return holder
+        raise Refusal(
+            Code.MUTATION,
+            "an operand of the block exists only in a tensor that is written to again",
+            self.canonical.source_of(node),
+        )
+
+    # -- the experts -------------------------------------------------------------------------------------------------
+    def fuse_experts(self, bound: Bound) -> fx.Node:
+        """Replace the block's output by one call of ``fused_experts``.  Raises Refusal(ESCAPES, MUTATION, LAYOUT)."""
+        outputs = self.holders(bound.output)
+        if not outputs:
+            raise Refusal(Code.MUTATION, "the block's output is never held by the model", "")
+        position = min(self.ready(h) for h in outputs)
+        (after,) = (n for n in self.graph.nodes if self.order[n] == position)
+        inputs = {n: self._readable(n, position) for n in bound.inputs()}
+        made = value(outputs[0])
+        if not made.is_contiguous():
+            raise Refusal(Code.LAYOUT, "the block's output is not contiguous", location(outputs[0]))
+
+        replaced = self._takes_over(outputs, position)
+        keep = needed(self.canonical.region, replaced)
+        self._keep_operands(keep, inputs.values())
+        self._no_escape(bound, keep)
+
+        x, ids, weights = (inputs[n] for n in (bound.x, bound.topk_ids, bound.topk_weights))
+        moe = bound.moe
+        with self.graph.inserting_after(after):
+            anchor = self.graph.call_function(_EXPERTS, ())
+        with self.graph.inserting_before(anchor):
+            anchor.args = (
+                self._matrix(x, moe.experts.hidden_size),
+                self._matrix(ids, moe.top_k),
+                self._matrix(weights, moe.top_k),
+                self._weights(bound.gate_up, inputs),
+                self._weights(bound.up, inputs),
+                self._weights(bound.down, inputs),
+                moe.experts.activation,
+                moe.combine.out_dtype,
+            )
+        self._finish(anchor, outputs[0])
+        self._redirect(outputs, anchor, replaced)
+        erase_unneeded(self.canonical.region, keep)
+        return anchor
+
+    def _takes_over(self, holders: list[fx.Node], position: int) -> Any:
+        held = set(holders)
+        return lambda reader, node: (
+            node in held and self.order.get(reader, -1) > max(position, self.ready(node))
+        )
+
+    def _redirect(self, holders: list[fx.Node], new: fx.Node, replaced: Any) -> None:
+        for holder in holders:
+            for reader in list(holder.users):
+                if reader is not new and replaced(reader, holder):
+                    reader.replace_input_with(holder, new)
+
+    def _keep_operands(self, keep: set[fx.Node], operands: Any) -> None:
+        """The new call reads members too: they, and what they were made of, stay."""
+        members = set(self.canonical.region.nodes)
+        todo = [n for n in operands if n in members]
+        while todo:
+            node = todo.pop()
+            if node in keep:
+                continue
+            keep.add(node)
+            todo += [a for a in node.all_input_nodes if a in members]
+            todo += [w for s in storages(node) for w in self.writes.get(s, ())]
+
+    def _no_escape(self, bound: Bound, keep: set[fx.Node]) -> None:
+        """Nothing that an expert computes may be read outside: it would have to be computed twice."""
+        weights = {n for w in (bound.gate_up, bound.up, bound.down) if w for n in w.nodes}
+        boundary = {bound.x, bound.topk_ids, bound.topk_weights}
+        inside: dict[fx.Node, bool] = {}
+
+        def depends(node: fx.Node) -> bool:
+            return inside.get(node, False) or node in weights
+
+        for node in self.canonical.graph.nodes:
+            inside[node] = (
+                node.op == "call_function"
+                and node not in boundary
+                and node not in weights
+                and any(depends(a) for a in node.all_input_nodes)
+            )
+        views = {
+            torch.ops.aten.permute.default,
+            torch.ops.aten.view.default,
+            torch.ops.aten.select.int,
+        }
+        for node, computed in inside.items():
+            if not computed or node is bound.output or node.target in views:
+                continue
+            for holder in self.canonical.dynamo_of.get(node, ()):
+                if (
+                    holder in keep
+                    and is_floating(holder)
+                    and holder not in self.holders(bound.output)
+                ):
+                    raise Refusal(
+                        Code.ESCAPES,
+                        f"`{holder.name}`, computed inside the experts, is also read outside",
+                        location(holder),
+                    )
+
+    def _matrix(self, node: fx.Node, width: int) -> fx.Node:
+        """``node`` as ``[-1, width]``."""
+        found = value(node)
+        if found.dim() == 2 and isinstance(found.shape[1], int) and found.shape[1] == width:
+            return node
+        new = self.graph.call_method("reshape", (node, (-1, width)))
+        self._finish(new, node)
+        return new
+
+    def _weights(self, weight: Weight | None, inputs: dict[fx.Node, fx.Node]) -> list[fx.Node]:
+        """Logical ``[.., out, in]``; a transposed storage is passed as a view, never copied."""
+        nodes = [inputs[n] for n in weight.nodes] if weight else []
+        if weight is None or not weight.is_transposed:
+            return nodes
+        views = [self.graph.call_method("transpose", (n, -2, -1)) for n in nodes]
+        for view, node in zip(views, nodes, strict=True):
+            self._finish(view, node)
+        return views
+
+    # -- the router --------------------------------------------------------------------------------------------------
+    def fuse_router(self, bound: Bound, router: BoundRouter) -> fx.Node:
+        """Replace topk_weights and topk_ids by one call of ``topk_routing``.  Raises Refusal(ROUTER, MUTATION)."""
+        held = {0: self.holders(bound.topk_weights), 1: self.holders(bound.topk_ids)}
+        start = min(self.order[h] for hs in held.values() for h in hs)
+        logits = self._readable(router.logits, start - 1)
+        rules = {i: self._takes_over(hs, self.order[logits]) for i, hs in held.items()}
+        replaced = lambda reader, node: any(rule(reader, node) for rule in rules.values())  # noqa: E731
+        keep = needed(self.canonical.region, replaced)
+        self._keep_operands(keep, [logits])
+        root = self.canonical.region.root
+        if root in keep:
+            raise Refusal(Code.ROUTER, "the top-k is also read in another form", location(root))
+        first = next(n for n in self.graph.nodes if n.op != "placeholder")
+        before = logits.next if logits.op != "placeholder" else first
+        with self.graph.inserting_before(before):
+            matrix = self._matrix(logits, bound.moe.experts.num_experts)
+            call = self.graph.call_function(
+                _ROUTING,
+                (
+                    matrix,
+                    bound.moe.top_k,
+                    bool(router.facts["renormalise"]),
+                    value(bound.topk_weights).dtype,
+                ),
+            )
+            self._finish(call, logits)
+            outputs = [self.graph.call_function(operator.getitem, (call, i)) for i in range(2)]
+            for i, new in enumerate(outputs):
+                self._finish(new, held[i][0] if held[i] else call)
+        for i, new in enumerate(outputs):
+            self._redirect(held[i], new, rules[i])
+        erase_unneeded(self.canonical.region, keep)
+        return call
+
+    def _finish(self, node: fx.Node, like: fx.Node) -> None:
+        """Value and source line of a new node, as Dynamo would have recorded them."""
+        args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+        with self.canonical.fake_mode, torch.no_grad():
+            if node.op == "call_method":
+                made = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                made = node.target(*args, **kwargs)  # type: ignore[operator]
+        node.meta["example_value"] = made
+        if "stack_trace" in like.meta:
+            node.meta["stack_trace"] = like.meta["stack_trace"]
