@@ -13,6 +13,7 @@ import os
 import re
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,6 @@ from moe_inductor.options import Options, split
 from moe_inductor.reasons import Code, NotFused, Reason
 
 Compiled = Callable[..., Any]
-Lower = Callable[[GraphModule, Sequence[Any]], Compiled]
 
 # A graph that calls none of these holds no MoE, whole or cut in pieces by graph breaks.  Compared with the last part
 # of the target's name; wide on purpose: it only spares other models the copy of their graph.
@@ -42,20 +42,16 @@ _TELLTALES = re.compile(
 class MoEInductor:
     """The backend object.  torch calls it, its ``reset()`` and, from 2.15 on, its ``_dynamo_backend_init()``.
 
-    lower: compiles the finished graph instead of Inductor.
-    on_report: is given the report of every graph.
+    dry_run: only report; the graphs run as they were captured and nothing is compiled.
+    reports: one per graph, the latest last, until ``reset()``.
     """
 
     __name__ = "moe_inductor"
 
-    def __init__(
-        self,
-        *,
-        lower: Lower | None = None,
-        on_report: Callable[[CompileReport], None] | None = None,
-    ) -> None:
-        self._lower = lower
-        self._on_report = on_report
+    def __init__(self, *, dry_run: bool = False) -> None:
+        self.dry_run = dry_run
+        # Bounded because a server may recompile for months; explain() wants all.
+        self.reports: deque[CompileReport] = deque(maxlen=None if dry_run else 256)
         self._inductors: list[Any] = []
         self._told: set[str] = set()
         self._declined: CompileReport | None = None
@@ -71,7 +67,7 @@ class MoEInductor:
     ) -> Compiled:
         try:
             ours, theirs = split(options)
-            lower = self._lower or self._inductor(mode, theirs, name)
+            inductor = self._inductor(mode, theirs, name)
         except RuntimeError as error:
             raise _compat.user_error(error) from None
 
@@ -80,12 +76,15 @@ class MoEInductor:
             self._rewrite(gm, report, ours)
         if not report.fused:
             self._decline(gm, report)
+        self.reports.append(report)
+        if self.dry_run:
+            return gm.forward
         self._tell(report, ours)
         if not report.fused:
             # As Dynamo made it: same graph, same caches, same everything as backend="inductor".
-            return lower(gm, example_inputs)
+            return inductor(gm, example_inputs)
         with _compat.cache_tag(f"moe_inductor-{_fingerprint()}-{ours}"):
-            return lower(gm, example_inputs)
+            return inductor(gm, example_inputs)
 
     def reset(self) -> None:
         """Called by ``torch._dynamo.reset()`` for every backend in use."""
@@ -93,12 +92,15 @@ class MoEInductor:
             inductor.reset()
         self._inductors.clear()
         self._told.clear()
+        self.reports.clear()
 
     def _dynamo_backend_init(self) -> None:
         """Called by torch >= 2.15 when torch.compile() resolves the backend; older ones import this module then."""
         scope.install(self)
 
-    def _inductor(self, mode: str | None, options: dict[str, Any], name: str | None) -> Lower:
+    def _inductor(
+        self, mode: str | None, options: dict[str, Any], name: str | None
+    ) -> Callable[[GraphModule, Sequence[Any]], Compiled]:
         inductor = _compat.inductor(mode, options, name)
         if inductor not in self._inductors:
             self._inductors.append(inductor)
@@ -120,13 +122,15 @@ class MoEInductor:
                 raise
             captured.restore()
             self._internal_error(error, report)
-        report.stage_seconds["rewrite"] = time.perf_counter() - start
+        report.stage_seconds["all stages"] = time.perf_counter() - start
 
         if options.strict and report.refused:
             raise _compat.user_error(NotFused(f"moe_inductor: {report.summary()}"))
-        if report.blocks and (self._on_report is not None or dump.wanted(options.dump)):
+        if report.blocks and (self.dry_run or dump.wanted(options.dump)):
             report.graph_before = captured.text(gm)
             report.graph_after = gm.print_readable(print_output=False)
+        if self.dry_run:
+            captured.restore()
 
     def _decline(self, gm: GraphModule, report: CompileReport) -> None:
         """Nothing was fused: have the frame captured once more as stock if our capture may have changed it."""
@@ -137,15 +141,13 @@ class MoEInductor:
         # Here again, or never declined.  Stock capture tends to cut an MoE into pieces that no longer look like one:
         # then what was refused before is the news.
         declined, self._declined = self._declined, None
-        if declined is not None and not report.blocks:
+        if declined is not None and declined.frame == report.frame and not report.blocks:
             report.blocks += declined.blocks
             report.notes += declined.notes
             report.graph_before, report.graph_after = declined.graph_before, declined.graph_after
 
     def _tell(self, report: CompileReport, options: Options) -> None:
-        """Everybody who wants to know: the user, the debug folder, the structured trace, explain()."""
-        if self._on_report is not None:
-            self._on_report(report)
+        """Everybody who wants to know: the user, the debug folder, the structured trace."""
         if not report.blocks and not report.notes:
             return
         log.debug("%s", report)
