@@ -40,8 +40,9 @@ class Alignment(NamedTuple):
 @triton.jit
 def _load_experts(topk_ids_ptr, slots, num_slots, E, PADDED_E: tl.constexpr):
     """Expert of each slot; everything without an expert goes to the last bin, which is no expert's."""
-    expert = tl.load(topk_ids_ptr + slots, mask=slots < num_slots, other=-1).to(tl.int32)
-    return tl.where((expert >= 0) & (expert < E), expert, PADDED_E - 1)
+    expert = tl.load(topk_ids_ptr + slots, mask=slots < num_slots, other=-1)
+    # Compare before narrowing: an int64 id far outside must not wrap into [0, E).
+    return tl.where((expert >= 0) & (expert < E), expert, PADDED_E - 1).to(tl.int32)
 
 
 @triton.jit
@@ -79,7 +80,7 @@ def _finish_expert(
     tl.store(sorted_token_ids_ptr + rows, num_slots, mask=row >= count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def _align_small(
     topk_ids_ptr,
     sorted_token_ids_ptr,
@@ -125,7 +126,7 @@ def _align_small(
             row += tl.sum(taken, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def _count_experts(
     topk_ids_ptr,
     chunk_counts_ptr,
@@ -140,7 +141,7 @@ def _count_experts(
     tl.store(chunk_counts_ptr + chunk * PADDED_E + tl.arange(0, PADDED_E), counts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots", "num_chunks"])
 def _align_large(
     topk_ids_ptr,
     chunk_counts_ptr,

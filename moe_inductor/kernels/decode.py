@@ -75,8 +75,8 @@ def _decode_gate_up(
     x_ptrs = hidden_states_ptr + (slot // K).to(tl.int64) * stride_token + ks
     gate = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     up = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for k in tl.range(0, length, BLOCK_K, num_stages=NUM_STAGES):
-        inside = ks < length - k
+    for start in tl.range(0, length, BLOCK_K, num_stages=NUM_STAGES):
+        inside = ks < length - start
         if EVEN_K and EVEN_N:
             w_gate = tl.load(gate_ptrs, eviction_policy="evict_first")
             w_up = tl.load(up_ptrs, eviction_policy="evict_first")
@@ -145,8 +145,8 @@ def _decode_down(
             ALIGNMENT,
         )
         h_ptrs = intermediate_ptr + slot.to(tl.int64) * stride_intermediate + ks
-        for k in tl.range(0, length, BLOCK_K, num_stages=NUM_STAGES):
-            inside = ks < length - k
+        for start in tl.range(0, length, BLOCK_K, num_stages=NUM_STAGES):
+            inside = ks < length - start
             if EVEN_K and EVEN_N:
                 w = tl.load(w_ptrs, eviction_policy="evict_first")
             else:

@@ -61,9 +61,9 @@ def _down_tile(
     columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if USE_BOX:
-        for k in tl.range(0, I, BLOCK_K, num_stages=NUM_STAGES):
-            a = intermediate_box.load([m * BLOCK_M, k])
-            w = weight_box.load([expert, n * BLOCK_N, k]).reshape(BLOCK_N, BLOCK_K)
+        for start in tl.range(0, I, BLOCK_K, num_stages=NUM_STAGES):
+            a = intermediate_box.load([m * BLOCK_M, start])
+            w = weight_box.load([expert, n * BLOCK_N, start]).reshape(BLOCK_N, BLOCK_K)
             acc = tl.dot(a, w.T, acc)
     else:
         ks = tl.arange(0, BLOCK_K)
@@ -78,8 +78,8 @@ def _down_tile(
         )
         w_ptrs = base + columns.to(tl.int64)[:, None] * stride_out + ks[None, :] * stride_in
         column_used = (columns < H)[:, None]
-        for k in tl.range(0, I, BLOCK_K, num_stages=NUM_STAGES):
-            inside = (ks < I - k)[None, :]
+        for start in tl.range(0, I, BLOCK_K, num_stages=NUM_STAGES):
+            inside = (ks < I - start)[None, :]
             a = tl.load(a_ptrs) if EVEN_K else tl.load(a_ptrs, mask=inside, other=0.0)
             if EVEN_K and EVEN_N:
                 w = tl.load(w_ptrs)
@@ -100,7 +100,8 @@ def _down_tile(
     )
 
 
-@triton.jit
+# num_slots changes with T and must not cause a new compilation at 1 or at multiples of 16.
+@triton.jit(do_not_specialize=["num_slots"])
 def _down(
     intermediate_ptr,
     intermediate_box,

@@ -80,8 +80,8 @@ def _multiply_pointers(
     column_used = (columns < I)[:, None]
     gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in tl.range(0, H, BLOCK_K, num_stages=NUM_STAGES):
-        inside = (ks < H - k)[None, :]
+    for start in tl.range(0, H, BLOCK_K, num_stages=NUM_STAGES):
+        inside = (ks < H - start)[None, :]
         if EVEN_K:
             a = tl.load(a_ptrs, mask=row_used[:, None], other=0.0)
         else:
@@ -119,12 +119,12 @@ def _multiply_box(
 ):
     ks = tl.arange(0, BLOCK_K)
     both = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
-    for k in tl.range(0, H, BLOCK_K, num_stages=NUM_STAGES):
+    for start in tl.range(0, H, BLOCK_K, num_stages=NUM_STAGES):
         if EVEN_K:
             a = tl.load(a_ptrs, mask=row_used[:, None], other=0.0)
         else:
-            a = tl.load(a_ptrs, mask=row_used[:, None] & (ks < H - k)[None, :], other=0.0)
-        w = box.load([expert, 0, first_column, k]).reshape(2 * BLOCK_N, BLOCK_K)
+            a = tl.load(a_ptrs, mask=row_used[:, None] & (ks < H - start)[None, :], other=0.0)
+        w = box.load([expert, 0, first_column, start]).reshape(2 * BLOCK_N, BLOCK_K)
         both = tl.dot(a, w.T, both)
         a_ptrs += BLOCK_K
     return tl.split(tl.permute(tl.reshape(both, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
@@ -142,6 +142,7 @@ def _gate_up_tile(
     sorted_token_ids_ptr,
     expert_ids_ptr,
     num_slots,
+    k,
     H,
     I,
     stride_token,
@@ -153,7 +154,6 @@ def _gate_up_tile(
     up_stride_in,
     up_offset,
     stride_intermediate,
-    K: tl.constexpr,
     ACTIVATION: tl.constexpr,
     CONCATENATED: tl.constexpr,
     SAME_STRIDES: tl.constexpr,
@@ -172,7 +172,7 @@ def _gate_up_tile(
     rows = m * BLOCK_M + tl.arange(0, BLOCK_M)
     slots = tl.load(sorted_token_ids_ptr + rows)
     row_used = slots < num_slots
-    tokens = tl.where(row_used, slots // K, 0).to(tl.int64)
+    tokens = tl.where(row_used, slots // k, 0).to(tl.int64)
     columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
     a_ptrs = hidden_states_ptr + tokens[:, None] * stride_token + tl.arange(0, BLOCK_K)[None, :]
     if USE_BOX:
@@ -226,7 +226,8 @@ def _gate_up_tile(
     )
 
 
-@triton.jit
+# num_slots and k change with T and must not cause a new compilation at 1 or at multiples of 16.
+@triton.jit(do_not_specialize=["num_slots", "k"])
 def _gate_up(
     hidden_states_ptr,
     gate_ptr,
@@ -237,6 +238,7 @@ def _gate_up(
     expert_ids_ptr,
     num_tokens_post_padded_ptr,
     num_slots,
+    k,
     H,
     I,
     stride_token,
@@ -248,7 +250,6 @@ def _gate_up(
     up_stride_in,
     up_offset,
     stride_intermediate,
-    K: tl.constexpr,
     ACTIVATION: tl.constexpr,
     CONCATENATED: tl.constexpr,
     SAME_STRIDES: tl.constexpr,
@@ -281,6 +282,7 @@ def _gate_up(
             sorted_token_ids_ptr,
             expert_ids_ptr,
             num_slots,
+            k,
             H,
             I,
             stride_token,
@@ -292,7 +294,6 @@ def _gate_up(
             up_stride_in,
             up_offset,
             stride_intermediate,
-            K,
             ACTIVATION,
             CONCATENATED,
             SAME_STRIDES,
@@ -346,6 +347,7 @@ def gate_up(
         intermediate,
         *alignment,
         T * k,
+        k,
         H,
         I,
         hidden_states.stride(0),
@@ -353,7 +355,6 @@ def gate_up(
         *(up or gate).strides,
         I * gate.stride_out,
         intermediate.stride(0),
-        K=k,
         ACTIVATION=activation,
         CONCATENATED=up is None,
         SAME_STRIDES=up is None or up.strides == gate.strides,

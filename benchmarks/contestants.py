@@ -1,0 +1,86 @@
+"""The block, router logits to output, as each contestant computes it: ``f(Inputs) -> [T, H]``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from moe_inductor.ops.cuda import fused_experts, topk_routing
+
+from .cells import Inputs, Shape, Weights
+
+Block = Callable[[Inputs], torch.Tensor]
+
+
+def ours(shape: Shape, weights: Weights) -> Block:
+    def block(one: Inputs) -> torch.Tensor:
+        x = one.hidden_states
+        topk_weights, topk_ids = topk_routing(one.router_logits, shape.k, True, x.dtype)
+        return fused_experts(
+            x, topk_ids, topk_weights, [weights.gate_up], [], [weights.down], "silu", x.dtype
+        )
+
+    return block
+
+
+def ours_per_expert(shape: Shape, weights: Weights) -> Block:
+    """The same weights as E separate tensors, read through a pointer table."""
+    gate_up, down = list(weights.gate_up.unbind(0)), list(weights.down.unbind(0))
+
+    def block(one: Inputs) -> torch.Tensor:
+        x = one.hidden_states
+        topk_weights, topk_ids = topk_routing(one.router_logits, shape.k, True, x.dtype)
+        return fused_experts(x, topk_ids, topk_weights, gate_up, [], down, "silu", x.dtype)
+
+    return block
+
+
+def hugging_face(shape: Shape, weights: Weights, implementation: str) -> Block:
+    """The installed transformers' Qwen3-MoE experts over our weights, behind its router's own formula.
+
+    implementation: "grouped_mm" or "eager".
+    """
+    from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    config = Qwen3MoeConfig(
+        num_experts=shape.E,
+        num_experts_per_tok=shape.k,
+        hidden_size=shape.H,
+        moe_intermediate_size=shape.I,
+        hidden_act="silu",
+        norm_topk_prob=True,
+    )
+    config._experts_implementation = implementation
+    with torch.device("meta"):
+        experts = Qwen3MoeExperts(config)
+    experts.gate_up_proj = torch.nn.Parameter(weights.gate_up, requires_grad=False)
+    experts.down_proj = torch.nn.Parameter(weights.down, requires_grad=False)
+
+    def forward(hidden_states: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
+        probabilities = torch.nn.functional.softmax(router_logits, dtype=torch.float, dim=-1)
+        topk_weights, topk_ids = torch.topk(probabilities, shape.k, dim=-1)
+        topk_weights /= topk_weights.sum(dim=-1, keepdim=True)
+        topk_weights = topk_weights.to(router_logits.dtype)
+        return experts(hidden_states, topk_ids, topk_weights)
+
+    if implementation != "eager":
+        forward = torch.compile(forward)
+    return torch.no_grad()(lambda one: forward(one.hidden_states, one.router_logits))
+
+
+def reference(shape: Shape, weights: Weights, one: Inputs, rows: torch.Tensor) -> torch.Tensor:
+    """fp64 result of some rows."""
+    x = one.hidden_states[rows].double()
+    probabilities = one.router_logits[rows].double().softmax(-1)
+    topk_weights, topk_ids = probabilities.topk(shape.k, dim=-1)
+    topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True)
+    y = torch.zeros_like(x)
+    for expert in topk_ids.unique().tolist():
+        row, column = torch.where(topk_ids == expert)
+        gate, up = (x[row] @ weights.gate_up[expert].double().T).chunk(2, dim=-1)
+        h = torch.nn.functional.silu(gate) * up
+        out = h @ weights.down[expert].double().T
+        y.index_add_(0, row, out * topk_weights[row, column, None])
+    return y
