@@ -95,7 +95,7 @@ def candidates(kernel: str, block_m: int) -> Iterator[GemmConfig]:
         pool: Any = LARGE_GATE_UP if kernel == "gate_up" else LARGE_DOWN
     else:
         small = SMALL_GATE_UP if kernel == "gate_up" else SMALL_DOWN
-        groups = (1, 4) if block_m == 64 else (1,)
+        groups = (4,) if block_m == 64 else (1,)
         pool = [
             (*tile, group, tma, False)
             for tile, group, tma in itertools.product(small, groups, (True, False))

@@ -177,12 +177,12 @@ def _align_large(
         tl.store(num_tokens_post_padded_ptr, tl.sum(blocks, 0) * BLOCK_M)
 
     # The experts' padding and expert_ids are shared out over all programs.
-    for expert in range(chunk, E, num_chunks):
+    for owned in range(chunk, E, num_chunks):
         _finish_expert(
-            expert,
-            _pick(first_blocks, expert, PADDED_E),
-            _pick(blocks, expert, PADDED_E),
-            _pick(counts, expert, PADDED_E),
+            owned,
+            _pick(first_blocks, owned, PADDED_E),
+            _pick(blocks, owned, PADDED_E),
+            _pick(counts, owned, PADDED_E),
             sorted_token_ids_ptr,
             expert_ids_ptr,
             num_slots,

@@ -1,0 +1,149 @@
+"""Compile what a real call would launch, for GPUs that are not here: tensor cores, spills, shared memory.
+
+The launches are recorded on meta tensors, so the shapes can be those of real models.
+"""
+
+import pathlib
+import re
+import subprocess
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
+
+from moe_inductor.kernels import align, combine, decode, down, gate_up, routing  # noqa: E402
+from moe_inductor.ops import cuda  # noqa: E402
+
+TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+QWEN3 = dict(E=128, k=8, H=2048, I=768)
+MIXTRAL = dict(E=8, k=2, H=4096, I=14336)
+
+
+@pytest.fixture
+def record(monkeypatch):
+    def run(capability, T, E, k, H, I, dtype=torch.bfloat16, layout="stacked"):
+        launches = []
+
+        def launch(kernel, grid, *args, **meta):
+            launches.append((kernel, args, meta))
+
+        for module in (align, combine, decode, down, gate_up, routing):
+            monkeypatch.setattr(module, "launch", launch)
+        monkeypatch.setattr(cuda, "_capability", lambda device: capability)
+        monkeypatch.setattr(cuda, "_num_multiprocessors", lambda device: 132)
+        with torch.device("meta"):
+            weights = torch.empty(E, 2 * I, H, dtype=dtype), torch.empty(E, H, I, dtype=dtype)
+            x, logits = torch.empty(T, H, dtype=dtype), torch.empty(T, E, dtype=dtype)
+        gate_up_proj, down_proj = [
+            [w] if layout == "stacked" else list(w.unbind(0)) for w in weights
+        ]
+        topk_weights, topk_ids = cuda.topk_routing(logits, k, True, dtype)
+        cuda.fused_experts(x, topk_ids, topk_weights, gate_up_proj, [], down_proj, "silu", dtype)
+        return launches
+
+    return run
+
+
+def compile_for(target, kernel, args, meta):
+    """The JIT's specialisation of the arguments (1, multiples of 16), done by hand."""
+    options = {n: meta[n] for n in ("num_warps", "num_stages") if n in meta}
+    values = dict(zip(kernel.arg_names, args, strict=False))
+    values |= {n: v for n, v in meta.items() if n not in options}
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        name, value = parameter.name, values[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[name], constants[(index,)] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape}>"
+        elif isinstance(value, torch.Tensor):
+            signature[name] = f"*{TYPES[value.dtype]}"
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif value == 1 and not parameter.do_not_specialize:
+            signature[name], constants[(index,)] = "constexpr", 1
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=options)
+
+
+def spilled_bytes(compiled, tmp_path):
+    ptx = compiled.asm["ptx"]
+    file = tmp_path / "kernel.ptx"
+    file.write_text(ptx)
+    ptxas = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    if not ptxas.exists():
+        return None
+    architecture = re.search(r"\.target (\w+)", ptx).group(1)
+    command = [ptxas, "-v", f"--gpu-name={architecture}", file, "-o", tmp_path / "kernel.cubin"]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", report))
+
+
+@pytest.mark.parametrize("layout", ["stacked", "per_expert"])
+@pytest.mark.parametrize("shape", ["QWEN3", "MIXTRAL"])
+@pytest.mark.parametrize("T", [1, 8, 128, 4096])
+def test_sm90(T, shape, layout, record, tmp_path):
+    if layout == "per_expert" and shape == "MIXTRAL":
+        pytest.skip("the same kernels as QWEN3's")
+    for kernel, args, meta in record((9, 0), T, **globals()[shape], layout=layout):
+        compiled = compile_for(GPUTarget("cuda", 90, 32), kernel, args, meta)
+        assert compiled.metadata.shared <= 227 * 1024
+        assert not spilled_bytes(compiled, tmp_path), (kernel, meta)
+        ptx = compiled.asm["ptx"]
+        if meta.get("BLOCK_M", 0) >= 64 and "BLOCK_K" in meta:
+            assert "wgmma.mma_async" in ptx
+        if meta.get("USE_BOX"):
+            assert "cp.async.bulk.tensor" in ptx
+        if meta.get("FROM_TABLE"):
+            assert "cp.async.cg.shared.global" in ptx or "v4.b32" in ptx  # 16-byte loads
+
+
+def test_gate_up_box_splits_in_registers(record):
+    """One wgmma of N = 256 per step, and no trip of the accumulator through shared memory."""
+    launches = record((9, 0), 8192, **MIXTRAL)
+    (launch,) = [launch for launch in launches if launch[0] is gate_up._gate_up]
+    ptx = compile_for(GPUTarget("cuda", 90, 32), *launch).asm["ptx"]
+    assert "m64n256k16" in ptx
+    assert "ld.shared" not in ptx
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("T", [1, 64, 4096])
+def test_sm90_other_dtypes(T, dtype, record, tmp_path):
+    for kernel, args, meta in record((9, 0), T, **MIXTRAL, dtype=dtype):
+        compiled = compile_for(GPUTarget("cuda", 90, 32), kernel, args, meta)
+        assert compiled.metadata.shared <= 227 * 1024
+        assert not spilled_bytes(compiled, tmp_path), (kernel, meta)
+        assert "tf32" not in compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize(
+    ("target", "capability", "shared_kb"),
+    [
+        (GPUTarget("cuda", 80, 32), (8, 0), 163),
+        (GPUTarget("cuda", 89, 32), (8, 9), 99),
+        (GPUTarget("cuda", 100, 32), (10, 0), 227),
+        (GPUTarget("cuda", 120, 32), (12, 0), 99),
+        (GPUTarget("hip", "gfx942", 64), (0, 0), 64),
+    ],
+    ids=lambda value: str(getattr(value, "arch", "")),
+)
+@pytest.mark.parametrize("T", [1, 16, 4096])
+def test_other_gpus(target, capability, shared_kb, T, record):
+    for kernel, args, meta in record(capability, T, **MIXTRAL):
+        compiled = compile_for(target, kernel, args, meta)
+        assert compiled.metadata.shared <= shared_kb * 1024
