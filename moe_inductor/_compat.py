@@ -27,10 +27,15 @@ from torch._dynamo import convert_frame as dynamo_convert_frame
 from torch._dynamo import exc as dynamo_exc
 from torch._dynamo.output_graph import SubgraphTracer
 from torch._dynamo.side_effects import SideEffects
-from torch._dynamo.symbolic_convert import InstructionTranslator, TensorifyState
+from torch._dynamo.symbolic_convert import (
+    InstructionTranslator,
+    InstructionTranslatorBase,
+    TensorifyState,
+)
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.builtin import BuiltinVariable
 from torch._dynamo.variables.constant import ConstantVariable
+from torch._dynamo.variables.iter import IteratorVariable
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 from torch._guards import TracingContext
 

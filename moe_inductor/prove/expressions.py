@@ -1,8 +1,8 @@
 """Equality of expressions by value numbering.
 
 Two nodes get the same number exactly when the whole expressions below them are the same: operator, arguments, every
-constant, and shape, dtype and device of every result.  Shapes are compared by symbol; a size that depends on data
-("unbacked") has a new symbol at each trace and is compared by the expression that makes it.
+constant, and shape, dtype and device of every result.  Symbolic sizes are compared by symbol, sizes that depend on data by
+the expression that makes them.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ class Numbering:
         if isinstance(item, dict):
             return tuple(sorted((k, self._constant(v)) for k, v in item.items()))
         if isinstance(item, torch.SymInt):
+            # Of a shape, hence implied by the arguments, where a size that depends on data is a node.
             return "data-dependent" if unbacked(item) else ("size", str(item.node.expr))
         return (type(item).__name__, repr(item))
 

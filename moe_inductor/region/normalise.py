@@ -1,11 +1,12 @@
 """The normal form of a canonical region: one way to write what people write in many ways.
 
 ``normalise`` re-emits an ATen graph node by node.  Each node is first spelled uniformly (arguments by position,
-defaults dropped, sizes as literals), then rewritten by the first rule that applies, then interned: equal expressions become
-one node.  Rules never change a value; each states its equation.  The model's region and the reference that is to
+defaults dropped, sizes spelled out), then rewritten by the first rule that applies, then interned: equal expressions
+become one node.  Rules never change a value; each states its equation.  The model's region and the reference that is to
 be proved equal to it go through the same function, so a rule can make a match possible but never make it wrong.
 
-The result is only read (matched and compared), never run: sizes stand in it as literal ints and SymInts.
+The result is only read (matched and compared), never run.  A symbolic size stands in it by name ("s77"), a size that
+depends on data as ``sym_size`` of the node that made it, so that it means the same in two traces.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ class Emitter:
         self.graph = fx.Graph()
         self.keep_detach = keep_detach
         self._interned: dict[Any, fx.Node] = {}
+        self._made: dict[Any, tuple[fx.Node, int]] = {}  # unbacked symbol -> where it was made
 
     def emit(
         self, target: Any, args: tuple, kwargs: dict, val: Any, origin: str | None = None
@@ -94,7 +96,28 @@ class Emitter:
             if origin is not None:
                 node.meta["stack_trace"] = origin
             self._interned[key] = node
+        self._note_symbols(node, val)
         return node
+
+    def _note_symbols(self, node: fx.Node, val: Any) -> None:
+        if isinstance(val, torch.Tensor):
+            for dim, size in enumerate(val.shape):
+                if isinstance(size, torch.SymInt) and unbacked(size):
+                    self._made.setdefault(size.node.expr, (node, dim))
+
+    # -- sizes -------------------------------------------------------------------------------------------------------
+    def size(self, size: Any) -> Any:
+        """An int, the name of a symbolic size, or ``sym_size`` of the node whose data decide it."""
+        if not isinstance(size, torch.SymInt):
+            return size
+        expr = size.node.expr
+        if expr not in self._made:
+            return str(expr)
+        node, dim = self._made[expr]
+        return self.emit(aten.sym_size.int, (node, dim), {}, size)
+
+    def sizes(self, val: torch.Tensor) -> list[Any]:
+        return [self.size(s) for s in val.shape]
 
     # -- the three uniform spellings that rules build -------------------------------------------------------------
     def view(self, base: fx.Node, val: Any, origin: str | None) -> fx.Node:
@@ -103,7 +126,7 @@ class Emitter:
             base = base.args[0]  # type: ignore[assignment]
         if _same_shape(value(base), val):
             return base
-        return self.emit(aten.view.default, (base, _sizes(val)), {}, val, origin)
+        return self.emit(aten.view.default, (base, self.sizes(val)), {}, val, origin)
 
     def permute(self, base: fx.Node, dims: list[int], val: Any, origin: str | None) -> fx.Node:
         """permute(permute(x, p), q) = permute(x, p[q]);  permute(x, identity) = x"""
@@ -140,7 +163,7 @@ def _emit(out: Emitter, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
     if node.op == "placeholder":
         found = value(node)
         if isinstance(found, (int, torch.SymInt)) and not unbacked(found):
-            return found  # a size: spelled by its symbol wherever it occurs
+            return out.size(found)  # spelled by its symbol wherever it occurs
         new = out.graph.placeholder(node.name)
         new.meta.update(node.meta)
         return new
@@ -153,8 +176,8 @@ def _emit(out: Emitter, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
     found = value(node)
     if node.target in _ASSERTS or isinstance(found, (torch.SymBool, bool)):
         return None  # says that a size is in its bounds; the fused op has no such size
-    if isinstance(found, (int, torch.SymInt)) and not unbacked(found):
-        return found
+    if isinstance(found, (int, torch.SymInt)):
+        return out.size(found)
     args, kwargs = _uniform(node, lambda a: env[a])
     for apply in RULES.get(node.target, ()):
         result = apply(out, node, args, kwargs)
@@ -230,7 +253,7 @@ def _expand(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     if _same_shape(value(args[0]), made):
         return args[0]
     return out.emit(
-        aten.expand.default, (args[0], _sizes(made)), {}, made, node.meta.get("stack_trace")
+        aten.expand.default, (args[0], out.sizes(made)), {}, made, node.meta.get("stack_trace")
     )
 
 
@@ -245,7 +268,7 @@ def _fill(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         fill = 0 if fill == 0 else fill
     kept = {"dtype": made.dtype, "device": made.device}
     return out.emit(
-        aten.full.default, (_sizes(made), fill), kept, made, node.meta.get("stack_trace")
+        aten.full.default, (out.sizes(made), fill), kept, made, node.meta.get("stack_trace")
     )
 
 
@@ -284,7 +307,7 @@ def _part(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
             aten.select.int, (base, dim % value(base).dim(), position), {}, made, origin
         )
     if pack.target in (aten.split.Tensor, aten.split_with_sizes.default):
-        base, sizes = pack.args[:2]
+        base = pack.args[0]
         dim = (rest[1] if len(rest) > 1 else 0) % value(base).dim()
         lengths = [v.shape[dim] for v in value(pack)]
         if all(isinstance(n, int) for n in lengths):
@@ -308,22 +331,19 @@ def _select(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 
 @rule(aten.index.Tensor)
 def _index(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-    """index(view(x, [1, *shape]), [None, i]) = view(index(x, [i]), [1, *..])
-    index(view(x, [*shape, 1]), [i..]) = view(index(x, [i..]), [.., 1])"""
+    """index(x [1, n, ..], [None, i]) = view(index(view(x, [n, ..]), [i]), [1, ..])
+    index(x [.., 1], [i..]) = view(index(view(x, [..]), [i..]), [.., 1])"""
     base, indices = args[0], list(args[1])
     made, origin = value(node), node.meta.get("stack_trace")
-    if base.target is not aten.view.default or not _only_indices(indices):
-        return None
-    source = base.args[0]
-    before, after = list(value(source).shape), list(value(base).shape)
-    leading = next((i for i, ix in enumerate(indices) if ix is not None), 0)
+    shape = value(base).shape
     inner = [ix for ix in indices if ix is not None]
-    if leading == 1 and len(inner) == 1 and _same_sizes(after, [1, *before]):
-        gathered = value(node)[0]
-    elif leading == 0 and len(inner) <= len(before) and _same_sizes(after, [*before, 1]):
-        gathered = made.squeeze(-1)
+    if indices[:1] == [None] and len(inner) == len(indices) - 1 == 1 and _is_one(shape[0]):
+        narrow, gathered = value(base).squeeze(0), made.squeeze(0)
+    elif len(inner) == len(indices) < len(shape) and _is_one(shape[-1]):
+        narrow, gathered = value(base).squeeze(-1), made.squeeze(-1)
     else:
         return None
+    source = out.view(base, narrow, origin)
     return out.view(
         out.emit(aten.index.Tensor, (source, inner), {}, gathered, origin), made, origin
     )
@@ -346,13 +366,11 @@ def _commute(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     return None
 
 
-def _only_indices(indices: list) -> bool:
-    """One run of integer index tensors after at most one None, so that no dimension moves."""
-    kinds = [ix is not None for ix in indices]
-    return any(kinds) and kinds in ([True] * len(kinds), [False] + [True] * (len(kinds) - 1))
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
 
 
-# -- uniform spelling ---------------------------------------------------------------------------------------------------
+# -- uniform spelling -------------------------------------------------------------------------------------------------
 
 
 def _uniform(node: fx.Node, env: Callable[[fx.Node], Any]) -> tuple[tuple, dict]:
@@ -370,6 +388,7 @@ def _uniform(node: fx.Node, env: Callable[[fx.Node], Any]) -> tuple[tuple, dict]
             spelled.append(argument.default_value)
         else:
             break
+    spelled = _count_dims_from_zero(spelled, positional)
     while len(spelled) and len(spelled) <= len(positional):
         argument = positional[len(spelled) - 1]
         if argument.has_default_value() and _plainly_equal(spelled[-1], argument.default_value):
@@ -389,12 +408,22 @@ def _uniform(node: fx.Node, env: Callable[[fx.Node], Any]) -> tuple[tuple, dict]
     return tuple(spelled), named
 
 
+def _count_dims_from_zero(spelled: list[Any], schema: list[Any]) -> list[Any]:
+    """dim=-1 of a matrix is dim=1"""
+    if not spelled or not isinstance(spelled[0], fx.Node) or not hasattr(value(spelled[0]), "dim"):
+        return spelled
+    rank = max(value(spelled[0]).dim(), 1)
+    for i, argument in enumerate(schema[: len(spelled)]):
+        given = spelled[i]
+        if argument.name == "dim" and type(given) is int:
+            spelled[i] = given % rank
+        elif argument.name == "dim" and isinstance(given, (list, tuple)):
+            spelled[i] = [d % rank if type(d) is int else d for d in given]
+    return spelled
+
+
 def _plainly_equal(a: Any, b: Any) -> bool:
     return type(a) is type(b) and not isinstance(a, (fx.Node, torch.SymInt)) and a == b
-
-
-def _sizes(val: torch.Tensor) -> list[Any]:
-    return list(val.shape)
 
 
 def _same_sizes(a: Any, b: Any) -> bool:
@@ -417,8 +446,6 @@ def _key(item: Any) -> Any:
         return tuple(_key(i) for i in item)
     if isinstance(item, dict):
         return tuple(sorted((k, _key(v)) for k, v in item.items()))
-    if isinstance(item, torch.SymInt):
-        return ("sym", _size_key(item))
     if isinstance(item, FakeTensor):
         return id(item)
     return (type(item).__name__, repr(item))

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from torch import fx
 
 from moe_inductor.region.find import Region
-from moe_inductor.region.nodes import mutated, name_of, storages, tensors, value
+from moe_inductor.region.nodes import mutated, name_of, storages
 
 _SIDE_EFFECTS = frozenset(
     {
@@ -21,38 +21,44 @@ _SIDE_EFFECTS = frozenset(
 )  # fmt: skip
 
 
-def needed(region: Region, replaced: Callable[[fx.Node, fx.Node], bool]) -> set[fx.Node]:
+Replaced = Callable[[fx.Node, fx.Node], bool]
+
+
+def needed(region: Region, replaced: Replaced) -> set[fx.Node]:
     """Members that must stay.
 
     replaced(reader, node): the reader will read something else in place of ``node``.
     """
     members = set(region.nodes)
+    moved = _moved(region.graph, replaced)
     writers: dict[int, list[fx.Node]] = {}
     for node in region.nodes:
         for target in mutated(node):
             for storage in storages(target):
                 writers.setdefault(storage, []).append(node)
 
+    def writes_into(node: fx.Node) -> list[fx.Node]:
+        """Whoever needs a tensor needs what was written into it."""
+        if node in moved:
+            return []
+        return [w for s in storages(node) for w in writers.get(s, ()) if w is not node]
+
     keep: set[fx.Node] = set()
-    todo = [
-        node
-        for node in region.nodes
-        if any(u not in members and not replaced(u, node) for u in node.users)
-    ]
+    todo: list[fx.Node] = []
     for reader in region.graph.nodes:
         if reader not in members:
-            for arg in reader.all_input_nodes:  # an outside view of something written in the region
-                if arg not in members:
-                    todo += [w for s in storages(arg) for w in writers.get(s, ())]
+            for arg in reader.all_input_nodes:
+                if not replaced(reader, arg):
+                    todo += [arg] if arg in members else writes_into(arg)
     while todo:
         node = todo.pop()
         if node in keep:
             continue
         keep.add(node)
-        todo += [a for a in node.all_input_nodes if a in members and not replaced(node, a)]
-        # Whoever needs a tensor needs what was written into it.
-        read = {s for a in (node, *node.all_input_nodes) for s in storages(a)}
-        todo += [w for s in read for w in writers.get(s, ()) if _needs_write(node, w, replaced)]
+        todo += writes_into(node)
+        for arg in node.all_input_nodes:
+            if not replaced(node, arg):
+                todo += [arg] if arg in members else writes_into(arg)
     for node in region.nodes:
         inside = [a for a in node.all_input_nodes if a in members]
         if name_of(node) in _SIDE_EFFECTS and inside and all(a in keep for a in inside):
@@ -60,16 +66,14 @@ def needed(region: Region, replaced: Callable[[fx.Node, fx.Node], bool]) -> set[
     return keep
 
 
-def _needs_write(
-    reader: fx.Node, write: fx.Node, replaced: Callable[[fx.Node, fx.Node], bool]
-) -> bool:
-    """False when everything the reader takes from the written storage is replaced by something else."""
-    if reader is write:
-        return False
-    hit = {s for target in mutated(write) for s in storages(target)}
-    if storages(reader) & hit:
-        return True
-    return any(storages(a) & hit and not replaced(reader, a) for a in reader.all_input_nodes)
+def _moved(graph: fx.Graph, replaced: Replaced) -> set[fx.Node]:
+    """Views of what is replaced: their recorded storage is the old one, but they will live in the new one."""
+    moved: set[fx.Node] = set()
+    for node in graph.nodes:
+        for arg in node.all_input_nodes:
+            if (arg in moved or replaced(node, arg)) and storages(node) & storages(arg):
+                moved.add(node)
+    return moved
 
 
 def erase_unneeded(region: Region, keep: set[fx.Node]) -> int:
@@ -82,6 +86,3 @@ def erase_unneeded(region: Region, keep: set[fx.Node]) -> int:
     region.nodes = [n for n in region.nodes if n in keep]
     return erased
 
-
-def has_plain_value(node: fx.Node) -> bool:
-    return value(node) is not None and any(True for _ in tensors(node))
