@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import importlib
 import importlib.util
 import platform
@@ -88,13 +87,16 @@ def _backend_state() -> str:
 
 
 def _patterns() -> int:
-    """Reads the files instead of importing them: a pattern that does not import is listed as well."""
-    package = importlib.import_module("moe_inductor.patterns")
-    files = [path for folder in package.__path__ for path in sorted(Path(folder).glob("[!_]*.py"))]
-    for path in files:
-        doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "(no description)"
-        print(f"{path.stem:<28}  {doc.splitlines()[0]}")
-    print(f"{len(files)} pattern files in {', '.join(map(str, package.__path__))}")
+    from moe_inductor.match.api import ExpertsSpelling, discover
+
+    spellings = discover()
+    width = max((len(spelling.name) for spelling in spellings), default=0)
+    for spelling in spellings:
+        kind = "experts" if isinstance(spelling, ExpertsSpelling) else "router"
+        print(f"{kind:<8} {spelling.name:<{width}}  {spelling.source}")
+    print(
+        f"{len(spellings)} spellings in {importlib.import_module('moe_inductor.patterns').__path__[0]}"
+    )
     return 0
 
 
