@@ -40,7 +40,10 @@ from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 from torch._guards import TracingContext
 
 # The only restart that Dynamo lets a backend raise; on a torch without it capture/scope.py does not install.
-StockRestart = getattr(dynamo_exc, "TensorifyScalarRestartAnalysis", dynamo_exc.RestartAnalysis)
+try:
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis as StockRestart
+except ImportError:
+    from torch._dynamo.exc import RestartAnalysis as StockRestart
 
 # --- fake tensors, symbolic shapes, tracing (region/, prove/) ----------------------------------------------------
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -89,7 +92,7 @@ def cache_tag(tag: str) -> Iterator[None]:
     """Make the FX graph and AOTAutograd caches of the graphs compiled inside depend on ``tag``."""
     from torch.compiler import config
 
-    with config.patch(cache_key_tag=f"{config.cache_key_tag}{tag}"):
+    with config.patch(cache_key_tag=f"{config.cache_key_tag}{tag}"):  # pyright: ignore[reportAttributeAccessIssue]
         yield
 
 
@@ -149,7 +152,7 @@ def tracing() -> bool:
 
 def trace_artifact(name: str, encoding: str, payload: Callable[[], str]) -> None:
     """One artifact for tlparse; costs nothing when nobody listens."""
-    from torch._logging import trace_structured
+    from torch._logging._internal import trace_structured
 
     trace_structured(
         "artifact", metadata_fn=lambda: {"name": name, "encoding": encoding}, payload_fn=payload
@@ -179,10 +182,11 @@ def graph_count() -> int:
 def isolated_dynamo() -> Iterator[None]:
     """Let what is compiled inside leave no trace in code that the user compiles.
 
-    Code objects that were never compiled before are reset afterwards; those that were keep the user's entries
-    (and gain ours: Dynamo cannot drop single ones).  What automatic dynamic shapes learnt is restored.
+    Code objects that were never compiled before are reset afterwards; those that were keep the user's entries (and
+    gain ours: Dynamo cannot drop single ones).  What automatic dynamic shapes learnt is restored.
     """
-    from torch._dynamo import pgo, reset_code
+    from torch._dynamo import pgo
+    from torch._C._dynamo.eval_frame import reset_code
 
     codes = dynamo_convert_frame.input_codes
     known = {id(code) for ref in codes.seen if (code := ref()) is not None}

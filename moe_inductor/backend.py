@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import importlib
 import os
 import re
 import time
@@ -231,7 +232,7 @@ def _fingerprint() -> str:
 
 
 try:
-    import moe_inductor.patterns as patterns
+    patterns = importlib.import_module("moe_inductor.patterns")
 except ModuleNotFoundError as error:
     # Installed from a wheel, but a checkout stands before it on sys.path, where patterns/ lies elsewhere.
     raise ImportError(
