@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -71,28 +72,66 @@ LARGE_DOWN = [
     (128, 64, 4, 3, 8, False, False),
     (256, 64, 8, 3, 8, False, False),
 ]
-GEMV = [
+DECODE_GATE_UP = [
     GemvConfig(n, k, w, s)
     for n, k, w, s in [
-        (4, 512, 2, 2),
-        (4, 1024, 4, 2),
+        (16, 256, 4, 3),
         (8, 256, 2, 3),
-        (8, 512, 4, 1),
-        (8, 512, 4, 2),
         (8, 512, 4, 3),
         (8, 256, 4, 4),
-        (16, 256, 4, 2),
-        (16, 256, 4, 3),
-        (16, 128, 4, 3),
-        (8, 1024, 8, 2),
-        (2, 1024, 2, 2),
+        (4, 512, 2, 3),
     ]
+]
+# The down tile also has up to 8 experts in it: n * k is divided by how many there are.
+DECODE_DOWN = [
+    GemvConfig(n, k, w, s)
+    for n, k in [
+        (2, 1024),
+        (4, 512),
+        (8, 256),
+        (16, 128),
+        (4, 1024),
+        (8, 512),
+        (16, 256),
+        (32, 128),
+    ]
+    for w, s in [(4, 2), (4, 3), (2, 3)]
+]
+TABLE_GATE_UP = [
+    (128, 64, 8, 4, 8, True, True),
+    (128, 64, 8, 4, 8, True, False),
+    (128, 64, 8, 3, 8, True, True),
+    (128, 64, 8, 4, 8, False, False),
+]
+TABLE_DOWN = [
+    (256, 64, 8, 4, 8, True, True),
+    (256, 64, 8, 4, 8, True, False),
+    (256, 64, 8, 3, 8, True, True),
+    (256, 64, 8, 3, 8, False, False),
 ]
 
 
-def candidates(kernel: str, block_m: int) -> Iterator[GemmConfig]:
-    if block_m == 128:
-        pool: Any = LARGE_GATE_UP if kernel == "gate_up" else LARGE_DOWN
+def decode_candidates(kernel: str, k: int) -> list[GemvConfig]:
+    if kernel == "gate_up":
+        return DECODE_GATE_UP
+    slots = min(8, k)
+    return [
+        dataclasses.replace(c, block_k=c.block_k // slots)
+        for c in DECODE_DOWN
+        if c.block_k // slots >= 32
+    ] + [
+        dataclasses.replace(c, block_n=c.block_n // slots)
+        for c in DECODE_DOWN
+        if slots > 1 and c.block_n // slots
+    ]
+
+
+def candidates(kernel: str, block_m: int, table: bool = False) -> Iterator[GemmConfig]:
+    pool: Any
+    if table:
+        pool = TABLE_GATE_UP if kernel == "gate_up" else TABLE_DOWN
+    elif block_m == 128:
+        pool = LARGE_GATE_UP if kernel == "gate_up" else LARGE_DOWN
     else:
         small = SMALL_GATE_UP if kernel == "gate_up" else SMALL_DOWN
         groups = (4,) if block_m == 64 else (1,)
@@ -116,10 +155,10 @@ def block_ms(shape: Shape, T: int) -> list[int]:
 
 
 class Bench:
-    def __init__(self, shape: Shape, T: int, weights: Any) -> None:
+    def __init__(self, shape: Shape, T: int, weights: Any, table: bool = False) -> None:
         self.shape, self.inputs = shape, make_inputs(shape, T)
-        self.gate_up = Projection.of([weights.gate_up])
-        self.down = Projection.of([weights.down])
+        self.gate_up = Projection.of(list(weights.gate_up) if table else [weights.gate_up])
+        self.down = Projection.of(list(weights.down) if table else [weights.down])
         self.routed = [
             topk_routing(i.router_logits, shape.k, True, torch.bfloat16) for i in self.inputs
         ]
@@ -177,25 +216,37 @@ class Bench:
         return graph_us(call, range(len(self.inputs)), budget_ms=20)
 
 
-def compile_share(index: int, count: int) -> int:
-    """Fill Triton's cache in parallel processes: even shapes, and gptoss' uneven ones."""
-    done = 0
-    work = [
-        (kernel, c)
-        for kernel in ("gate_up", "down")
-        for m in (16, 32, 64, 128)
-        for c in candidates(kernel, m)
-    ]
-    for H, I in ((2048, 2048), (2880, 2880)):
-        shape = Shape("warm", 2, 2, H, I)
-        bench = Bench(shape, 8, make_weights(shape))
-        for kernel, config in work[index::count]:
-            try:
-                bench.grouped(kernel, config)
-                done += 1
-            except Exception as error:
-                print("candidate failed:", kernel, config, repr(error)[:150], flush=True)
-    return done
+def work(shape: Shape, T: int, table: bool) -> Iterator[tuple[str, int, Any]]:
+    """(kernel, block_m or 0 for decode, config) to time for one cell."""
+    for kernel in ("gate_up", "down"):
+        if T <= 2 and not table:
+            yield from ((kernel, 0, c) for c in decode_candidates(kernel, shape.k))
+        for m in block_ms(shape, T) if T > 1 else []:
+            if not table or m == 128:
+                yield from ((kernel, m, c) for c in candidates(kernel, m, table))
+
+
+def run(bench: Bench, kernel: str, block_m: int, config: Any) -> float:
+    try:
+        return (bench.grouped if block_m else bench.decode)(kernel, config)
+    except Exception as error:
+        print("candidate failed:", kernel, config, repr(error)[:150], flush=True)
+        return float("inf")
+
+
+def compile_share(index: int, count: int, tokens: list[int], table: bool) -> int:
+    """Fill Triton's cache in parallel processes, on small shapes with the same divisibility."""
+    todo: dict[Any, None] = {}
+    for shape, T in itertools.product(SHAPES, tokens):
+        for kernel, m, config in work(shape, T, table):
+            uneven = shape.name == "gptoss"
+            todo[kernel, m, config, uneven, 0 if m else shape.k] = None
+    mine = list(todo)[index::count]
+    for kernel, m, config, uneven, k in mine:
+        size = 2880 if uneven else 2048
+        small = Shape("small", 8, k or 2, size, size)
+        run(Bench(small, 1 if not m else 8, make_weights(small), table), kernel, m, config)
+    return len(mine)
 
 
 def main() -> None:
@@ -203,41 +254,37 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("tune.json"))
     parser.add_argument("--shapes", nargs="*", default=[s.name for s in SHAPES])
     parser.add_argument(
-        "--tokens", nargs="*", type=int, default=[1, 2, 4, 8, 32, 128, 512, 2048, 8192]
+        "--tokens", nargs="*", type=int, default=[1, 2, 8, 32, 128, 512, 2048, 8192]
     )
+    parser.add_argument("--table", action="store_true", help="weights through a pointer table")
     arguments = parser.parse_args()
     workers = min(14, os.cpu_count() or 1)
     with concurrent.futures.ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn")
     ) as pool:
-        print(
-            "compiled",
-            sum(pool.map(compile_share, range(workers), [workers] * workers)),
-            flush=True,
-        )
+        shares = [
+            pool.submit(compile_share, i, workers, arguments.tokens, arguments.table)
+            for i in range(workers)
+        ]
+        print("compiled", sum(share.result() for share in shares), flush=True)
     rows = []
     for shape in SHAPES:
         if shape.name not in arguments.shapes:
             continue
         weights = make_weights(shape)
         for T in arguments.tokens:
-            bench = Bench(shape, T, weights)
-            measured = []
-            for kernel in ("gate_up", "down"):
-                if T <= 4:
-                    measured += [(kernel, 0, c, _time(bench.decode, kernel, c)) for c in GEMV]
-                for m in block_ms(shape, T) if T > 1 else []:
-                    measured += [
-                        (kernel, m, c, _time(bench.grouped, kernel, c))
-                        for c in candidates(kernel, m)
-                    ]
+            bench = Bench(shape, T, weights, arguments.table)
+            measured = [
+                (kernel, m, config, run(bench, kernel, m, config))
+                for kernel, m, config in work(shape, T, arguments.table)
+            ]
             rows += [
                 dict(shape=shape.name, T=T, kernel=n, block_m=m, config=repr(c), us=us)
                 for n, m, c, us in measured
             ]
             arguments.out.write_text(json.dumps(rows))
             for (kernel, m), group in itertools.groupby(measured, key=lambda r: r[:2]):
-                best = sorted(group, key=lambda r: r[3])[:2]
+                best = sorted(group, key=lambda r: r[3])[:3]
                 print(
                     shape.name,
                     T,
@@ -246,15 +293,8 @@ def main() -> None:
                     *[f"| {us:.1f} {_short(c)}" for _, _, c, us in best],
                     flush=True,
                 )
-        del weights
+        del weights, bench
         torch.cuda.empty_cache()
-
-
-def _time(run: Any, kernel: str, config: Any) -> float:
-    try:
-        return run(kernel, config)
-    except Exception:
-        return float("inf")
 
 
 def _short(c: Any) -> str:

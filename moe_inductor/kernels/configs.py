@@ -15,6 +15,9 @@ import dataclasses
 
 import torch
 
+# Reading this much costs about as much as the two launches that decode saves (3.5 us on an H200).
+DECODE_REPEATED_BYTES = 16e6
+
 
 @dataclasses.dataclass(frozen=True)
 class GemmConfig:
@@ -69,7 +72,8 @@ class Problem:
     """Everything a plan may depend on.
 
     unit_stride: the input dimension of every weight is contiguous.
-    gate_up_tma, down_tma: the weights' layout allows a TMA descriptor (gate/up only when concatenated).
+    gate_up_tma, down_tma: the weights' layout allows TMA descriptors (gate/up only when concatenated).
+    from_table: the weights are read through a pointer table.
     """
 
     T: int
@@ -82,6 +86,7 @@ class Problem:
     unit_stride: bool = True
     gate_up_tma: bool = False
     down_tma: bool = False
+    from_table: bool = False
 
     @property
     def slots(self) -> int:
@@ -105,27 +110,32 @@ def choose_plan(problem: Problem) -> Plan:
 
 
 def _few_experts_hit_twice(problem: Problem) -> bool:
-    # Expected repeats grow with slots**2 / 2E; a repeat costs one expert's weights read again.
-    return problem.T == 1 or problem.slots * 16 <= problem.E
+    """Is what decode reads twice (experts that two tokens share) cheaper than align and combine?"""
+    pairs_of_tokens = problem.T * (problem.T - 1) / 2
+    repeats = pairs_of_tokens * problem.k**2 / problem.E  # expected, for even routing
+    expert_bytes = 3 * problem.H * problem.I * problem.dtype.itemsize
+    return repeats * expert_bytes <= DECODE_REPEATED_BYTES
 
 
 def _decode_plan(problem: Problem) -> DecodePlan:
     if not problem.unit_stride:
         # Neighbouring outputs are neighbours in memory: make the tile long that way.
-        return DecodePlan(GemvConfig(64, 32), GemvConfig(64, 32))
+        return DecodePlan(GemvConfig(64, 32), GemvConfig(64, 16))
+    # The down tile holds all experts of a token (up to 8): the more there are, the fewer rows of each.
+    down = {1: (8, 512), 2: (8, 256), 4: (8, 128)}.get(problem.k, (4, 128))
     return DecodePlan(
-        GemvConfig(block_n=8, block_k=512, num_warps=4, num_stages=2),
-        GemvConfig(block_n=8, block_k=512, num_warps=4, num_stages=2),
+        GemvConfig(block_n=16, block_k=256, num_warps=4, num_stages=3),
+        GemvConfig(*down, num_warps=4, num_stages=3),
     )
 
 
 def _block_m(problem: Problem) -> int:
     mean = problem.slots / problem.E
-    if mean <= 8:
+    if mean <= 4:
         return 16
-    if mean <= 24:
+    if mean < 16:
         return 32
-    if mean <= 80:
+    if mean < 32:
         return 64
     return 128
 
@@ -138,45 +148,35 @@ def _portable_plan(block_m: int) -> GroupedPlan:
     )
 
 
+def _tma_pays(problem: Problem, block_m: int) -> bool:
+    # A table's descriptors are made on the device, once per tile: worth it where a tile is much arithmetic.
+    return block_m == 128 or not problem.from_table
+
+
 def _hopper_gate_up(problem: Problem, block_m: int) -> GemmConfig:
-    tma = problem.gate_up_tma
-    if block_m <= 32:
-        return GemmConfig(block_m, 64, 128, num_warps=4, num_stages=3, weights_by_tma=tma)
+    tma = problem.gate_up_tma and _tma_pays(problem, block_m)
+    if block_m == 16:
+        return GemmConfig(16, 32, 256, num_warps=4, num_stages=3, weights_by_tma=tma)
+    if block_m == 32:
+        stages = 3 if tma else 4
+        return GemmConfig(32, 64, 128, num_warps=4, num_stages=stages, weights_by_tma=tma)
     if block_m == 64:
-        return GemmConfig(
-            block_m, 64, 128, group_m=4, num_warps=4, num_stages=3, weights_by_tma=tma
-        )
-    if tma:
-        return GemmConfig(
-            block_m,
-            128,
-            64,
-            group_m=8,
-            num_warps=8,
-            num_stages=4,
-            weights_by_tma=True,
-            persistent=True,
-        )
-    return GemmConfig(block_m, 128, 64, group_m=8, num_warps=8, num_stages=3)
+        warps = 8 if tma else 4
+        return GemmConfig(64, 128, 64, group_m=4, num_warps=warps, num_stages=4, weights_by_tma=tma)
+    return GemmConfig(
+        128, 128, 64, group_m=8, num_warps=8, num_stages=4, weights_by_tma=tma, persistent=tma
+    )
 
 
 def _hopper_down(problem: Problem, block_m: int) -> GemmConfig:
-    tma = problem.down_tma
+    tma = problem.down_tma and _tma_pays(problem, block_m)
     if block_m <= 32:
-        return GemmConfig(block_m, 128, 128, num_warps=4, num_stages=3, weights_by_tma=tma)
+        n, k = (64, 256) if tma else (128, 128)
+        return GemmConfig(block_m, n, k, num_warps=4, num_stages=3, weights_by_tma=tma)
     if block_m == 64:
-        return GemmConfig(
-            block_m, 128, 128, group_m=4, num_warps=4, num_stages=3, weights_by_tma=tma
-        )
-    if tma:
-        return GemmConfig(
-            block_m,
-            256,
-            64,
-            group_m=8,
-            num_warps=8,
-            num_stages=4,
-            weights_by_tma=True,
-            persistent=True,
-        )
-    return GemmConfig(block_m, 128, 64, group_m=8, num_warps=8, num_stages=4)
+        n, k = (128, 128) if tma else (256, 64)
+        return GemmConfig(64, n, k, group_m=4, num_warps=4, num_stages=4, weights_by_tma=tma)
+    stages = 4 if tma else 3
+    return GemmConfig(
+        128, 256, 64, group_m=8, num_warps=8, num_stages=stages, weights_by_tma=tma, persistent=tma
+    )

@@ -10,8 +10,8 @@
     out            T, H            out_dtype    _decode_down     caller
 
 Every slot reads its expert's weights once, so this wins only while hardly any expert is hit twice.  The products
-run on CUDA cores with 2-D fp32 accumulators that are reduced once at the end.  A slot whose id is outside [0, E)
-gets an empty loop: it reads no weight and adds zero.
+run on CUDA cores with fp32 accumulators as large as the tile, reduced once at the end.  A slot whose id is outside
+[0, E) reads no weight and adds zero.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import triton.language as tl
 from .common import activate_gate, expert_address, launch
 from .configs import GemvConfig
 from .weights import Projection
+
+MAX_SLOTS = 8  # experts of a token that _decode_down reads at a time
 
 
 @triton.jit
@@ -121,22 +123,22 @@ def _decode_down(
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
-    UNROLL: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):
+    """One token.  Its experts are one dimension of the tile, so that all their loads are in flight together."""
     token = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    column_used = (columns < H)[:, None]
     ks = tl.arange(0, BLOCK_K)
     offsets = columns.to(tl.int64)[:, None] * stride_out + ks[None, :] * stride_in
-    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for j in tl.range(0, K, loop_unroll_factor=UNROLL):
-        slot = token * K + j
-        expert = tl.load(topk_ids_ptr + slot)
+    acc = tl.zeros((SLOTS, BLOCK_N, BLOCK_K), tl.float32)
+    for first in tl.range(0, K, SLOTS):
+        choice = first + tl.arange(0, SLOTS)
+        slots = token * K + choice
+        expert = tl.load(topk_ids_ptr + slots, mask=choice < K, other=-1)
         valid = (expert >= 0) & (expert < E)
         expert = tl.where(valid, expert, 0)
-        length = tl.where(valid, I, 0)
-        weight = tl.load(topk_weights_ptr + slot).to(tl.float32)
-        w_ptrs = offsets + expert_address(
+        weights = tl.load(topk_weights_ptr + slots, mask=valid, other=0.0).to(tl.float32)
+        base = expert_address(
             weight_ptr,
             expert,
             stride_expert,
@@ -144,21 +146,31 @@ def _decode_down(
             FROM_TABLE,
             ALIGNMENT,
         )
-        h_ptrs = intermediate_ptr + slot.to(tl.int64) * stride_intermediate + ks
-        for start in tl.range(0, length, BLOCK_K, num_stages=NUM_STAGES):
-            inside = ks < length - start
-            if EVEN_K and EVEN_N:
-                w = tl.load(w_ptrs, eviction_policy="evict_first")
-            else:
-                used = column_used & inside[None, :]
+        w_ptrs = base[:, None, None] + offsets[None, :, :]
+        h_ptrs = intermediate_ptr + slots.to(tl.int64)[:, None] * stride_intermediate + ks[None, :]
+        used = valid[:, None, None]
+        if not EVEN_N:
+            used = used & (columns < H)[None, :, None]
+        for start in tl.range(0, I, BLOCK_K, num_stages=NUM_STAGES):
+            if EVEN_K:
                 w = tl.load(w_ptrs, mask=used, other=0.0, eviction_policy="evict_first")
-            h = tl.load(h_ptrs) if EVEN_K else tl.load(h_ptrs, mask=inside, other=0.0)
-            acc += w.to(tl.float32) * (h.to(tl.float32) * weight)[None, :]
+                h = tl.load(h_ptrs, mask=valid[:, None], other=0.0)
+            else:
+                inside = ks < I - start
+                w = tl.load(
+                    w_ptrs,
+                    mask=used & inside[None, None, :],
+                    other=0.0,
+                    eviction_policy="evict_first",
+                )
+                h = tl.load(h_ptrs, mask=valid[:, None] & inside[None, :], other=0.0)
+            h = h.to(tl.float32) * weights[:, None]
+            acc += w.to(tl.float32) * h[:, None, :]
             w_ptrs += BLOCK_K * stride_in
             h_ptrs += BLOCK_K
     tl.store(
         out_ptr + token.to(tl.int64) * H + columns,
-        tl.sum(acc, 1).to(out_ptr.dtype.element_ty),
+        tl.sum(tl.sum(acc, 2), 0).to(out_ptr.dtype.element_ty),
         mask=columns < H,
     )
 
@@ -240,6 +252,6 @@ def decode_down(
         EVEN_N=H % config.block_n == 0,
         EVEN_K=I % config.block_k == 0,
         NUM_STAGES=config.num_stages,
-        UNROLL=k if k <= 16 else 1,
+        SLOTS=min(MAX_SLOTS, triton.next_power_of_2(k)),
         num_warps=config.num_warps,
     )

@@ -21,7 +21,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .align import Alignment
-from .common import expert_address, launch, tile_order
+from .common import allow_device_descriptors, expert_address, launch, tile_order
 from .configs import GemmConfig
 from .weights import Projection
 
@@ -61,9 +61,19 @@ def _down_tile(
     columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if USE_BOX:
+        if FROM_TABLE:
+            address = expert_address(
+                weight_ptr, expert, 0, intermediate_ptr.dtype.element_ty, FROM_TABLE, 16
+            )
+            own_box = tl.make_tensor_descriptor(
+                address, [H, I], [stride_out, 1], [BLOCK_N, BLOCK_K]
+            )
         for start in tl.range(0, I, BLOCK_K, num_stages=NUM_STAGES):
             a = intermediate_box.load([m * BLOCK_M, start])
-            w = weight_box.load([expert, n * BLOCK_N, start]).reshape(BLOCK_N, BLOCK_K)
+            if FROM_TABLE:
+                w = own_box.load([n * BLOCK_N, start])
+            else:
+                w = weight_box.load([expert, n * BLOCK_N, start]).reshape(BLOCK_N, BLOCK_K)
             acc = tl.dot(a, w.T, acc)
     else:
         ks = tl.arange(0, BLOCK_K)
@@ -190,12 +200,15 @@ def down(
             [intermediate.stride(0), 1],
             [block_m, block_k],
         )
-        weight_box = TensorDescriptor(
-            weight.storage,
-            list(weight.storage.shape),
-            list(weight.storage.stride()),
-            [1, block_n, block_k],
-        )
+        if weight.from_table:
+            allow_device_descriptors()
+        else:
+            weight_box = TensorDescriptor(
+                weight.storage,
+                list(weight.storage.shape),
+                list(weight.storage.stride()),
+                [1, block_n, block_k],
+            )
     tiles = alignment.expert_ids.shape[0] * triton.cdiv(H, block_n)
     launch(
         _down,

@@ -15,7 +15,7 @@ Two ways to read the weights:
 * pointers: any strides, stacked or through a pointer table, two accumulators;
 * box: concatenated stacked weights seen as ``[E, 2, I, H]``, one 4-D TMA box ``[1, 2, BLOCK_N, BLOCK_K]`` brings
   the gate and the up rows of the same columns as one tile, so there is one wgmma of N = 2 * BLOCK_N and the two
-  halves are split in registers.
+  halves are split in registers.  With a pointer table the kernel makes a descriptor of ``[2, I, H]`` per tile.
 """
 
 from __future__ import annotations
@@ -26,7 +26,13 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .align import Alignment
-from .common import activate_gate, expert_address, launch, tile_order
+from .common import (
+    activate_gate,
+    allow_device_descriptors,
+    expert_address,
+    launch,
+    tile_order,
+)
 from .configs import GemmConfig
 from .weights import Projection
 
@@ -108,15 +114,25 @@ def _multiply_box(
     a_ptrs,
     row_used,
     box,
+    gate_ptr,
     expert,
     first_column,
     H,
+    I,
+    stride_out,
+    up_offset,
+    FROM_TABLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
+    if FROM_TABLE:
+        address = expert_address(gate_ptr, expert, 0, a_ptrs.dtype.element_ty, FROM_TABLE, 16)
+        own_box = tl.make_tensor_descriptor(
+            address, [2, I, H], [up_offset, stride_out, 1], [2, BLOCK_N, BLOCK_K]
+        )
     ks = tl.arange(0, BLOCK_K)
     both = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
     for start in tl.range(0, H, BLOCK_K, num_stages=NUM_STAGES):
@@ -124,8 +140,11 @@ def _multiply_box(
             a = tl.load(a_ptrs, mask=row_used[:, None], other=0.0)
         else:
             a = tl.load(a_ptrs, mask=row_used[:, None] & (ks < H - start)[None, :], other=0.0)
-        w = box.load([expert, 0, first_column, start]).reshape(2 * BLOCK_N, BLOCK_K)
-        both = tl.dot(a, w.T, both)
+        if FROM_TABLE:  # noqa: SIM108 (own_box exists only here)
+            w = own_box.load([0, first_column, start])
+        else:
+            w = box.load([expert, 0, first_column, start])
+        both = tl.dot(a, w.reshape(2 * BLOCK_N, BLOCK_K).T, both)
         a_ptrs += BLOCK_K
     return tl.split(tl.permute(tl.reshape(both, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
 
@@ -180,9 +199,14 @@ def _gate_up_tile(
             a_ptrs,
             row_used,
             box,
+            gate_ptr,
             expert,
             n * BLOCK_N,
             H,
+            I,
+            stride_out,
+            up_offset,
+            FROM_TABLE,
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
@@ -327,7 +351,9 @@ def gate_up(
     I = intermediate_size
     block_n, block_k = config.block_n, config.block_k
     box = None
-    if config.weights_by_tma:
+    if config.weights_by_tma and gate.from_table:
+        allow_device_descriptors()
+    elif config.weights_by_tma:
         stacked = gate.storage
         stride_e, stride_out, _ = stacked.stride()
         box = TensorDescriptor(

@@ -40,26 +40,33 @@ def _route(
     logits = tl.where(logits == 0.0, 0.0, logits)  # -0.0 ties with 0.0
 
     # One int64 key per expert, so that one max finds the largest logit, lowest id first, exactly.  The high
-    # half orders like the float (negative floats have their magnitude bits flipped), the low half is -id.
+    # half orders like the float (negative floats have their magnitude bits flipped), the low half is -id.  The
+    # winner's logit is read back from its key, which saves a second reduction per choice.
     bits = logits.to(tl.int32, bitcast=True)
     bits = tl.where(logits != logits, 0x7FFFFFFF, bits)
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
     TAKEN: tl.constexpr = -(2**63)
     keys = tl.where(exists, (ordered << 32) | (PADDED_E - 1 - lane).to(tl.int64), TAKEN)
 
-    scores = tl.exp(logits - tl.max(logits, 0))
+    largest = tl.max(logits, 0)
     column = tl.arange(0, PADDED_K)
     top_scores = tl.zeros((PADDED_K,), tl.float32)
     top_ids = tl.zeros((PADDED_K,), tl.int32)
     for j in range(K):
         best = tl.max(keys, 0)
         expert = (PADDED_E - 1 - (best & 0xFFFFFFFF)).to(tl.int32)
-        score = tl.sum(tl.where(lane == expert, scores, 0.0), 0)
+        best_bits = (best >> 32).to(tl.int32)
+        best_bits = tl.where(best_bits < 0, best_bits ^ 0x7FFFFFFF, best_bits)
+        score = tl.exp(best_bits.to(tl.float32, bitcast=True) - largest)
         top_scores = tl.where(column == j, score, top_scores)
         top_ids = tl.where(column == j, expert, top_ids)
         keys = tl.where(lane == expert, TAKEN, keys)
 
-    total = tl.sum(top_scores, 0) if RENORMALISE else tl.sum(tl.where(exists, scores, 0.0), 0)
+    total = (
+        tl.sum(top_scores, 0)
+        if RENORMALISE
+        else tl.sum(tl.where(exists, tl.exp(logits - largest), 0.0), 0)
+    )
     kept = column < K
     out = token * K + column
     weights = top_scores / total

@@ -56,17 +56,14 @@ class Projection:
 
     @property
     def tma_ready(self) -> bool:
-        """Can a host TMA descriptor read it: stacked, last dim contiguous, everything else 16-byte aligned."""
+        """Can TMA descriptors read it: last dim contiguous, everything else 16-byte aligned."""
         size = self.dtype.itemsize
-        return (
-            not self.from_table
-            and self.stride_in == 1
-            and self.stride_out * size % 16 == 0
-            and self.stride_expert * size % 16 == 0
-            and self.stride_out > 0
-            and self.stride_expert > 0
-            and self.storage.data_ptr() % 16 == 0
-        )
+        if self.stride_in != 1 or self.stride_out <= 0 or self.stride_out * size % 16 != 0:
+            return False
+        if self.from_table:
+            return self.alignment == 16
+        aligned = self.storage.data_ptr() % 16 == 0 and self.stride_expert * size % 16 == 0
+        return aligned and self.stride_expert > 0
 
     @property
     def strides(self) -> tuple[int, int, int]:

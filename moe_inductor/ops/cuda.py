@@ -75,6 +75,7 @@ def fused_experts(
             unit_stride=all(p.stride_in == 1 for p in (gate, up or gate, down_)),
             gate_up_tma=up is None and gate.tma_ready,
             down_tma=down_.tma_ready,
+            from_table=down_.from_table,
         )
         out = torch.empty((T, H), dtype=out_dtype, device=hidden_states.device)
         if out.numel() == 0:

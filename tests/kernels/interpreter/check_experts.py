@@ -70,7 +70,8 @@ def test_ragged_sizes(plan, H, I, monkeypatch, poisoned_workspaces):
 @pytest.mark.parametrize("plan", BOX)
 @pytest.mark.parametrize(("H", "I"), [(64, 32), (16, 4), (72, 44)])
 def test_tma_boxes(plan, H, I, monkeypatch, poisoned_workspaces):
-    check(BOX[plan], "stacked", 4, 3, 2, H, I, monkeypatch)
+    for layout in ("stacked", "per_expert"):
+        check(BOX[plan], layout, 4, 3, 2, H, I, monkeypatch)
 
 
 @pytest.mark.parametrize("plan", ["decode", "grouped"])
