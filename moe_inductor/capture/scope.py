@@ -4,7 +4,9 @@ Dynamo breaks the graph at ``torch.where(mask[e])`` unless two global flags are 
 the public interface of ``torch.compile`` lets a backend set them for its own frames.  So
 ``install`` wraps the one function that Dynamo calls for every attempt at a frame,
 ``convert_frame.trace_frame``.  The wrapper does nothing unless the frame is being compiled for an
-installed backend; then it patches the flags (thread-local, for the duration of that attempt).
+installed backend; then it patches the flags for the duration of that attempt.  Other threads do not
+trace meanwhile, because Dynamo holds a lock; the patch itself is per thread on torch 2.13 and later
+and process-wide on 2.11.
 
 A capture that turns out to be of no use can be undone: ``decline`` makes Dynamo trace the same
 frame once more with our settings off, and what the backend then sees is what ``backend="inductor"``
@@ -16,20 +18,25 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import enum
 import functools
+import importlib
 import inspect
 import logging
 import threading
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
 from moe_inductor import _compat
+from moe_inductor.capture.assumptions import Assumption
 from moe_inductor.reasons import Code, NotFused, Reason
 
 log = logging.getLogger(__name__)
+
+ErrorT = TypeVar("ErrorT", bound=BaseException)
 
 _FLAGS = ("capture_dynamic_output_shape_ops", "capture_scalar_outputs")
 
@@ -51,7 +58,7 @@ _KNOWN_PARAMETERS = (
 _ATTRIBUTE = "_moe_inductor_frame"
 
 
-class _RestartAsStock(_compat.StockRestart):
+class _Restart(_compat.StockRestart):
     """Dynamo traces the frame again.  Of all restarts only this base class passes through a backend
     unwrapped.
     """
@@ -65,6 +72,14 @@ class _Settings:
     speculate: bool
 
 
+class Level(enum.IntEnum):
+    """How far the capture of a frame goes beyond stock.  It only ever goes down."""
+
+    STOCK = 0
+    FLAGS = 1
+    SPECULATE = 2
+
+
 @dataclasses.dataclass
 class _Frame:
     """One frame being compiled for an installed backend: shared by all of Dynamo's attempts at it."""
@@ -72,7 +87,7 @@ class _Frame:
     settings: _Settings
     where: str
     tensorify_state: frozenset[str]
-    stock: bool = False  # our settings stay off from here on
+    level: Level
 
 
 @dataclasses.dataclass
@@ -81,9 +96,12 @@ class Attempt:
 
     frame: _Frame
     speculation_log: Any
-    on: bool  # are our settings on, and do they differ from the user's
+    flags_needed: bool
+    level: Level  # STOCK also where our settings would not differ from the user's
     outer_flags: dict[str, bool]  # what the flags were before we touched them
     read_a_number: bool = False  # Tensor.item() was traced, which need not leave a node behind
+    assumptions: list[Assumption] = dataclasses.field(default_factory=list)
+    regions: list[Any] = dataclasses.field(default_factory=list)  # purity.Region
 
 
 class _State(threading.local):
@@ -112,6 +130,8 @@ def install(backend: object, *, speculate: bool = False) -> bool:
     with _lock:
         if not _wrap_trace_frame():
             return False
+        if speculate:
+            importlib.import_module("moe_inductor.capture.speculate").hook()
         _installed[id(backend)] = _Settings(backend, speculate)
     return True
 
@@ -128,13 +148,11 @@ def active() -> bool:
     For the backend, in its compile call.  False also where the user set the flags or asked for ``fullgraph=True``:
     our settings changed nothing there, and a decline would only trace the same graph twice.
     """
-    attempt = _state.attempt
-    return attempt is not None and attempt.on
+    return current() is not None
 
 
 def changed_capture(gm: torch.fx.GraphModule) -> bool:
-    """Might stock capture have given another graph than ``gm``?  For the backend, in its compile
-    call.
+    """Might stock capture have given another graph than ``gm``?  Asked in the compile call.
 
     A backend that finds nothing to rewrite and sees True here should decline, so that a model
     without MoE gets the graphs of ``backend="inductor"``.  May be True for an identical graph (it
@@ -149,21 +167,39 @@ def changed_capture(gm: torch.fx.GraphModule) -> bool:
 
 
 def decline(reason: Reason) -> None:
-    """What was captured is of no use: trace this frame again as stock.  For the backend, in its
-    compile call.
+    """What was captured is of no use: trace this frame again.  Called in the compile call.
 
-    Does not return while ``active()``; otherwise there is nothing to undo, and the reason is only
-    noted.
+    If assumptions were made the next attempt makes none, otherwise it is stock.  Does not return
+    while ``active()``; otherwise there is nothing to undo, and the reason is only noted.
     """
     attempt = _state.attempt
     _note(reason, attempt.frame.where if attempt is not None else "")
-    if attempt is not None and attempt.on:
-        raise _restart_as_stock(attempt)
+    if attempt is not None and attempt.level > Level.STOCK:
+        raise _restart(attempt)
+
+
+def assumptions() -> list[Assumption]:
+    """What the capture of this graph took for granted.  For the backend, in its compile call.
+
+    A backend that asked for speculation has to prove every one of them or decline.
+    """
+    attempt = current()
+    if attempt is None:
+        return []
+    if any(not region.closed for region in attempt.regions):
+        # A graph break inside of a speculated loop: the rest of the loop is in another frame.
+        decline(Reason(Code.CONTROL_FLOW, "the graph ends inside of a speculated loop"))
+    return list(attempt.assumptions)
+
+
+def final(error: ErrorT) -> ErrorT:
+    """Mark an error of the compile call that has to reach the user, not end in a stock retry."""
+    error.moe_inductor_final = True  # type: ignore[attr-defined]
+    return error
 
 
 def take_decline_reasons() -> list[Reason]:
-    """Why our settings were given up in this thread since the last call; each reason is handed out
-    once.
+    """Why our settings were given up in this thread; each reason is handed out once.
 
     The backend asks in its compile call: what it gets is about the frame being compiled, and about
     earlier frames that were given up and then did not reach the backend as stock either.
@@ -176,12 +212,26 @@ def take_decline_reasons() -> list[Reason]:
 def current() -> Attempt | None:
     """The attempt under our settings that this thread is inside of.  For the hooks of this package."""
     attempt = _state.attempt
-    return attempt if attempt is not None and attempt.on else None
+    return attempt if attempt is not None and attempt.level > Level.STOCK else None
+
+
+def speculating() -> Attempt | None:
+    """The attempt of this thread if it may make assumptions.  For the hooks of this package."""
+    attempt = _state.attempt
+    return attempt if attempt is not None and attempt.level is Level.SPECULATE else None
+
+
+def stop_speculating(reason: Reason) -> NoReturn:
+    """An assumption would not be safe: trace this frame again without any."""
+    attempt = _state.attempt
+    assert attempt is not None
+    _note(reason, attempt.frame.where)
+    raise _restart(attempt, next_level=Level.FLAGS)
 
 
 def _wrap_trace_frame() -> bool:
     """Put the wrapper in place.  Called under the lock."""
-    original = getattr(_compat.dynamo_convert_frame, "trace_frame", None)
+    original: Any = getattr(_compat.dynamo_convert_frame, "trace_frame", None)
     if getattr(original, "_moe_inductor_wrapper", False):
         return True
     if not _known_signature(original):
@@ -195,9 +245,7 @@ def _wrap_trace_frame() -> bool:
 
 
 def _known_signature(function: Any) -> bool:
-    """The parameters that we read have to be where they were, and positional; what comes after them
-    is passed on.
-    """
+    """What we read of the parameters has to be where it was; the rest is passed on."""
     if not callable(function):
         return False
     try:
@@ -228,27 +276,28 @@ def _wrapper(original: Callable[..., Any]) -> Callable[..., Any]:
         frame = _frame(bound["speculation_log"], settings, bound["code"])
         with _attempt(frame, bound["speculation_log"], bound["one_graph"]) as attempt:
             try:
-                return original(*args, **kwargs)
+                result = original(*args, **kwargs)
             except _compat.dynamo_exc.RestartAnalysis:
                 raise
             except Exception as error:
                 if (
-                    not attempt.on
+                    attempt.level is Level.STOCK
                     or _must_reach_user(error)
                     or not _may_pass_as_stock(attempt, error)
                 ):
                     raise
                 _note(_reason_of(error), frame.where)
-                raise _restart_as_stock(attempt) from error
+                raise _restart(attempt) from error
+            if frame.level < attempt.level:  # somebody inside Dynamo caught our restart
+                raise _restart(attempt, next_level=frame.level)
+            return result
 
     trace_frame._moe_inductor_wrapper = True  # type: ignore[attr-defined]
     return trace_frame
 
 
 def _noting_numbers(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Dynamo erases ``item`` nodes whose value it knows, so they have to be seen when they are
-    made.
-    """
+    """Dynamo erases ``item`` nodes whose value it knows, so they are noted when they are made."""
 
     @functools.wraps(original)
     def create_node(self: Any, op: str, target: Any, *args: Any, **kwargs: Any) -> Any:
@@ -260,9 +309,7 @@ def _noting_numbers(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _settings_of(compiler_fn: Any) -> _Settings | None:
-    """How the backend at the core of Dynamo's and torch.compile's wrappers was installed, if it
-    was.
-    """
+    """How the backend inside of Dynamo's and torch.compile's wrappers was installed, if it was."""
     while True:
         if hasattr(compiler_fn, "_torchdynamo_orig_backend"):
             compiler_fn = compiler_fn._torchdynamo_orig_backend
@@ -278,7 +325,8 @@ def _frame(speculation_log: Any, settings: _Settings, code: types.CodeType) -> _
     if frame is None:
         where = f"{code.co_filename}:{code.co_firstlineno}"
         specialised = frozenset(_compat.TensorifyState.force_specializations)
-        frame = _Frame(settings, where, specialised)
+        level = Level.SPECULATE if settings.speculate else Level.FLAGS
+        frame = _Frame(settings, where, specialised, level)
         setattr(speculation_log, _ATTRIBUTE, frame)
     return frame
 
@@ -290,11 +338,11 @@ def _attempt(frame: _Frame, speculation_log: Any, one_graph: bool) -> Iterator[A
     flags = _outer_flags(outer)
     # one_graph (fullgraph=True) implies both flags.
     needed = not one_graph and not all(flags.values())
-    attempt = Attempt(frame, speculation_log, needed and not frame.stock, flags)
+    level = Level.STOCK if frame.level is Level.FLAGS and not needed else frame.level
+    attempt = Attempt(frame, speculation_log, needed, level, flags)
     _state.attempt = attempt
-    wanted = dict.fromkeys(_FLAGS, True) if attempt.on else flags
     try:
-        with _flags(wanted):
+        with _flags(flags if level is Level.STOCK else dict.fromkeys(flags, True)):
             yield attempt
     finally:
         _state.attempt = outer
@@ -319,7 +367,7 @@ def _outer_flags(outer: Attempt | None) -> dict[str, bool]:
     """The flags as the user set them, also when an attempt of ours has them patched."""
     if outer is not None:
         return outer.outer_flags
-    return {name: getattr(_compat.dynamo_config, name) for name in _FLAGS}
+    return {str(name): getattr(_compat.dynamo_config, name) for name in _FLAGS}
 
 
 @contextlib.contextmanager
@@ -335,13 +383,18 @@ def _flags(wanted: dict[str, bool]) -> Iterator[None]:
         yield
 
 
-def _restart_as_stock(attempt: Attempt) -> _RestartAsStock:
-    """Switch the frame to stock.  Returns what the caller has to raise."""
-    attempt.frame.stock = True
+def _restart(attempt: Attempt, next_level: Level | None = None) -> _Restart:
+    """Lower the level of the frame's next attempt.  Returns what the caller has to raise.
+
+    Without a level given: to the flags alone if speculation did something, else all the way.
+    """
+    if next_level is None:
+        next_level = Level.FLAGS if attempt.assumptions and attempt.flags_needed else Level.STOCK
+    attempt.frame.level = min(attempt.frame.level, next_level)
     # The next attempt takes another path on purpose; Dynamo compares it with this log otherwise.
     attempt.speculation_log.clear()
     _compat.TensorifyState.force_specializations = set(attempt.frame.tensorify_state)
-    return _RestartAsStock(restart_reason="moe_inductor: back to stock capture")
+    return _Restart(restart_reason=f"moe_inductor: again as {next_level.name}")
 
 
 def _note(reason: Reason, where: str) -> None:
@@ -351,9 +404,11 @@ def _note(reason: Reason, where: str) -> None:
 
 
 def _must_reach_user(error: BaseException) -> bool:
-    """Strict mode raises NotFused in the compile call; a retry as stock would swallow it."""
+    """Strict mode raises in the compile call; a retry as stock would swallow that."""
     inner = getattr(error, "inner_exception", None)
-    return isinstance(error, NotFused) or isinstance(inner, NotFused)
+    return any(
+        isinstance(e, NotFused) or getattr(e, "moe_inductor_final", False) for e in (error, inner)
+    )
 
 
 def _may_pass_as_stock(attempt: Attempt, error: BaseException) -> bool:
@@ -371,6 +426,7 @@ def _flags_mattered(attempt: Attempt, shape_env: Any) -> bool:
     """
     return (
         attempt.read_a_number
+        or bool(attempt.assumptions)
         or shape_env is None
         or bool(shape_env.unbacked_symint_counter or shape_env.unbacked_symfloat_counter)
     )
