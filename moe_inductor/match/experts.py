@@ -109,10 +109,8 @@ class _Attempt:
         return Weight((node,), is_stacked=True, is_transposed=self.shapes.is_transposed)
 
     def _bound(self, unit: GatedUnit, upper: dict[str, Any], group: Group) -> Bound:
-        traced = (self.shapes.x_dtype, self.shapes.weights_dtype)
-        if traced != (value(group.x).dtype, value(upper["topk_weights"]).dtype):
-            raise Refusal(Code.SPELLING, "", location(group.output))  # another trace's business
         moe = _describe(self.spelling, unit, upper["topk_ids"], group)
+        self._check_trace(moe, upper, group)
         check_experts(moe, group.gate_up, group.up, group.down)
         return Bound(
             spelling=self.spelling,
@@ -127,6 +125,20 @@ class _Attempt:
             down=group.down,
             visited=group.visited or tuple(range(moe.experts.num_experts)),
         )
+
+    def _check_trace(self, moe: MoE, upper: dict[str, Any], group: Group) -> None:
+        """A pattern can match where a trace with other dtypes or with k > 1 is meant: leave it to that one."""
+        T, H = value(group.output).shape
+        x, ids = value(group.x), value(upper["topk_ids"])
+        fits = (
+            x.dtype == self.shapes.x_dtype
+            and value(upper["topk_weights"]).dtype == self.shapes.weights_dtype
+            and (moe.top_k == 1) == (self.shapes.top_k == 1)
+            and str(x.numel()) == str(T * H)
+            and str(ids.numel()) == str(T * moe.top_k)
+        )
+        if not fits:
+            raise Refusal(Code.SPELLING, "", location(group.output))
 
 
 def find_all(module: fx.GraphModule, pattern: Any) -> list[Match]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -98,6 +99,7 @@ def trace(
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(_autocast_off())
+        stack.enter_context(_quiet())
         stack.enter_context(fake_mode)
         if fake_mode.shape_env is not None:
             # Symbols made by running nonzero() again belong to nobody.
@@ -157,6 +159,18 @@ def _autocast_off() -> Iterator[None]:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """A reference that does not run with the tensors at hand is an answer, not an error to log."""
+    logger = logging.getLogger(FakeTensor.__module__)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _fake_mode(region: Region) -> FakeTensorMode:
