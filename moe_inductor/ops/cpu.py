@@ -32,7 +32,7 @@ _FEW_SLOTS = 64
 # Elements of gate/up activations per block of experts: 1 MB in fp32, about one core's L2 cache.
 _BLOCK_ELEMENTS = 1 << 18
 # From this many elements of one expert's weight on, oneDNN beats BLAS in fp32; below, its call costs more.
-_ONEDNN_ELEMENTS = 1 << 18
+_ONEDNN_ELEMENTS = 1 << 19
 
 # One expert's share of the sorted rows: (expert, first row, end row).
 _Group = tuple[int, int, int]
@@ -82,10 +82,8 @@ def fused_experts(
 
     groups, order = _group(topk_ids, sizes.num_experts)
     used = groups[-1][2] if groups else 0
-    if tokens == 1:
-        rows = hidden_states.expand(used, -1)
-    else:
-        rows = hidden_states.index_select(0, order[:used] // k)
+    one = tokens == 1
+    rows = hidden_states.expand(used, -1) if one else hidden_states.index_select(0, order[:used] // k)
     result = hidden_states.new_empty((slots, sizes.hidden_size))
     _experts(rows, result, groups, gate_up_proj, up_proj, down_proj, sizes)
     if used < slots:
@@ -150,6 +148,7 @@ def _experts(
     blocks = _blocks(groups, 2 * width)
     scratch_rows = max((groups[b - 1][2] - groups[a][1] for a, b in blocks), default=0)
     scratch = rows.new_empty((scratch_rows, 2 * width))
+    products = rows.new_empty((scratch_rows, width))
     for first, end in blocks:
         start, stop = groups[first][1], groups[end - 1][2]
         # One split instead of a slice per expert: with many experts, Python is what costs.
@@ -162,7 +161,8 @@ def _experts(
         else:
             linear(x, gate_up[first:end], gate.split(counts))
             linear(x, up[first:end], upper.split(counts))
-        inner = F.silu(gate, inplace=True).mul_(upper)
+        # Into its own rows: oneDNN is slower on the strided half of a wider buffer.
+        inner = torch.mul(F.silu(gate, inplace=True), upper, out=products[: stop - start])
         linear(inner.split(counts), down[first:end], result[start:stop].split(counts))
 
 
