@@ -157,6 +157,7 @@ def block_ms(shape: Shape, T: int) -> list[int]:
 class Bench:
     def __init__(self, shape: Shape, T: int, weights: Any, table: bool = False) -> None:
         self.shape, self.inputs = shape, make_inputs(shape, T)
+        self.weights = weights  # a pointer table does not keep them alive
         self.gate_up = Projection.of(list(weights.gate_up) if table else [weights.gate_up])
         self.down = Projection.of(list(weights.down) if table else [weights.down])
         self.routed = [

@@ -122,7 +122,7 @@ def _decode_plan(problem: Problem) -> DecodePlan:
         # Neighbouring outputs are neighbours in memory: make the tile long that way.
         return DecodePlan(GemvConfig(64, 32), GemvConfig(64, 16))
     # The down tile holds all experts of a token (up to 8): the more there are, the fewer rows of each.
-    down = {1: (8, 512), 2: (8, 256), 4: (8, 128)}.get(problem.k, (4, 128))
+    down = {1: (8, 512), 2: (4, 256)}.get(problem.k, (4, 128))
     return DecodePlan(
         GemvConfig(block_n=16, block_k=256, num_warps=4, num_stages=3),
         GemvConfig(*down, num_warps=4, num_stages=3),
@@ -163,8 +163,17 @@ def _hopper_gate_up(problem: Problem, block_m: int) -> GemmConfig:
     if block_m == 64:
         warps = 8 if tma else 4
         return GemmConfig(64, 128, 64, group_m=4, num_warps=warps, num_stages=4, weights_by_tma=tma)
+    # Making descriptors in the kernel needs registers that the persistent loop does not have: it would spill.
+    persistent = tma and not problem.from_table
     return GemmConfig(
-        128, 128, 64, group_m=8, num_warps=8, num_stages=4, weights_by_tma=tma, persistent=tma
+        128,
+        128,
+        64,
+        group_m=8,
+        num_warps=8,
+        num_stages=4,
+        weights_by_tma=tma,
+        persistent=persistent,
     )
 
 
