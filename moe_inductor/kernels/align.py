@@ -13,7 +13,7 @@ first ``num_tokens_post_padded`` rows and their blocks are written; kernels must
 is outside [0, E) appears nowhere.
 
 Few slots: one program per expert, each counts all slots for itself, so that one launch is enough.
-Many slots: programs count chunks first, then place their own chunk.
+Many slots: programs count chunks first, then each places one chunk or finishes one expert.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ import triton.language as tl
 from .common import launch
 
 SMALL_SLOTS = 2048  # up to here every program reads all ids; beyond, chunks are counted first
-CHUNK = 1024
 RANK_BLOCK = 128  # slots ranked at a time by comparing all pairs
 
 
@@ -176,8 +175,9 @@ def _align_large(
     if chunk == 0:
         tl.store(num_tokens_post_padded_ptr, tl.sum(blocks, 0) * BLOCK_M)
 
-    # The experts' padding and expert_ids are shared out over all programs.
-    for owned in range(chunk, E, num_chunks):
+    # The programs behind the chunks finish one expert each.
+    if chunk >= num_chunks:
+        owned = chunk - num_chunks
         _finish_expert(
             owned,
             _pick(first_blocks, owned, PADDED_E),
@@ -237,7 +237,9 @@ def align(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> Alignment:
             num_warps=4,
         )
         return result
-    num_chunks = triton.cdiv(num_slots, CHUNK)
+    # Small chunks are placed sooner, but everybody reads the counts of all chunks.
+    chunk = 256 if num_slots <= 2**14 else 512 if num_slots <= 2**17 else 2048
+    num_chunks = triton.cdiv(num_slots, chunk)
     chunk_counts = torch.empty((num_chunks, padded_e), dtype=torch.int32, device=device)
     launch(
         _count_experts,
@@ -247,12 +249,12 @@ def align(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> Alignment:
         num_slots,
         num_experts,
         PADDED_E=padded_e,
-        CHUNK=CHUNK,
+        CHUNK=chunk,
         num_warps=4,
     )
     launch(
         _align_large,
-        (num_chunks,),
+        (num_chunks + num_experts,),
         topk_ids,
         chunk_counts,
         *result,
@@ -261,7 +263,7 @@ def align(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> Alignment:
         num_experts,
         PADDED_E=padded_e,
         BLOCK_M=block_m,
-        CHUNK=CHUNK,
+        CHUNK=chunk,
         RANK_BLOCK=RANK_BLOCK,
         CHUNKS_AT_ONCE=max(1, min(16, 8192 // padded_e)),
         FILL=128,

@@ -163,17 +163,8 @@ def _hopper_gate_up(problem: Problem, block_m: int) -> GemmConfig:
     if block_m == 64:
         warps = 8 if tma else 4
         return GemmConfig(64, 128, 64, group_m=4, num_warps=warps, num_stages=4, weights_by_tma=tma)
-    # Making descriptors in the kernel needs registers that the persistent loop does not have: it would spill.
-    persistent = tma and not problem.from_table
     return GemmConfig(
-        128,
-        128,
-        64,
-        group_m=8,
-        num_warps=8,
-        num_stages=4,
-        weights_by_tma=tma,
-        persistent=persistent,
+        128, 128, 64, group_m=8, num_warps=8, num_stages=4, weights_by_tma=tma, persistent=tma
     )
 
 

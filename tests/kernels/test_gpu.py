@@ -160,6 +160,32 @@ def test_cuda_graph_replays_with_other_routing(T, layout):
         assert_accurate(replayed, x, topk_ids, topk_weights, weights)
 
 
+@pytest.mark.parametrize("layout", ["stacked", "per_expert_separate"])
+def test_through_the_ops(layout):
+    """What a rewritten model calls."""
+    from moe_inductor.ops.experts import fused_experts
+    from moe_inductor.ops.routing import topk_routing
+
+    weights = make_weights(layout, 16, 256, 512, bf16, "cuda")
+    for T in (0, 1, 40, 1500):
+        x = torch.randn(T, 256, device="cuda", dtype=bf16)
+        logits = torch.randn(T, 16, device="cuda", dtype=bf16)
+        topk_weights, topk_ids = topk_routing(logits, 4, True, bf16)
+        got = fused_experts(
+            x,
+            topk_ids,
+            topk_weights,
+            weights.gate_up_proj,
+            weights.up_proj,
+            weights.down_proj,
+            "silu",
+            bf16,
+        )
+        assert torch.equal(got, call(x, topk_ids, topk_weights, weights))
+        if T:
+            assert_accurate(got, x, topk_ids, topk_weights, weights)
+
+
 def test_pointer_table_first_seen_during_capture():
     weights = make_weights("per_expert", 4, 64, 64, bf16, "cuda")
     x = torch.randn(3, 64, device="cuda", dtype=bf16)
