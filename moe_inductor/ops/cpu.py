@@ -13,6 +13,7 @@ How ``fused_experts`` spends its time was measured (2 cores of an AMD EPYC with 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -28,7 +29,9 @@ from moe_inductor.ops.check import (
 )
 
 # Up to this many (token, expert) pairs are grouped by Python, which then beats three calls into ATen.
-_FEW_SLOTS = 64
+_FEW_SLOTS = 128
+# From this many experts on, the loop over them is left to torch where it has one: for stacked bf16 weights.
+_MANY_EXPERTS = 16
 # Elements of gate/up activations per block of experts: 1 MB in fp32, about one core's L2 cache.
 _BLOCK_ELEMENTS = 1 << 18
 # From this many elements of one expert's weight on, oneDNN beats BLAS in fp32; below, its call costs more.
@@ -80,102 +83,142 @@ def fused_experts(
     if slots == 0:
         return hidden_states.new_zeros(hidden_states.shape, dtype=out_dtype)
 
-    groups, order = _group(topk_ids, sizes.num_experts)
+    groups, tokens_of_rows, row_of_slot = _group(topk_ids, sizes.num_experts)
     used = groups[-1][2] if groups else 0
     one = tokens == 1
-    rows = hidden_states.expand(used, -1) if one else hidden_states.index_select(0, order[:used] // k)
-    result = hidden_states.new_empty((slots, sizes.hidden_size))
-    _experts(rows, result, groups, gate_up_proj, up_proj, down_proj, sizes)
+    rows = hidden_states.expand(used, -1) if one else hidden_states.index_select(0, tokens_of_rows)
+    result = _experts(rows, slots, groups, gate_up_proj, up_proj, down_proj, sizes)
     if used < slots:
         # Slots whose id is outside 0..E-1: nothing may reach the sum, not even NaN times zero.
         result[used:].zero_()
         invalid = (topk_ids < 0) | (topk_ids >= sizes.num_experts)
         topk_weights = topk_weights.masked_fill(invalid, 0)
-    return _combine(result, order, topk_weights, out_dtype)
+    return _combine(result, row_of_slot, topk_weights, out_dtype)
 
 
-def _group(topk_ids: Tensor, num_experts: int) -> tuple[list[_Group], Tensor]:
-    """Slots ``t * k + j`` ordered by expert, and each used expert's range in that order.
+def _group(topk_ids: Tensor, num_experts: int) -> tuple[list[_Group], Tensor, Tensor]:
+    """Slots ``t * k + j`` ordered by expert: each used expert's rows, each row's token, each slot's row.
 
-    Slots whose id is outside 0..E-1 come last, in no group.
+    Slots whose id is outside 0..E-1 get the last rows, which belong to no group and to no token.
     """
-    slots = topk_ids.numel()
+    slots, k = topk_ids.numel(), topk_ids.shape[1]
+    groups: list[_Group] = []
     if slots <= _FEW_SLOTS:
         ids = topk_ids.reshape(-1).tolist()
-        good = [slot for slot in range(slots) if 0 <= ids[slot] < num_experts]
-        order = sorted(good, key=ids.__getitem__)
-        groups: list[_Group] = []
-        for row, slot in enumerate(order):
-            if groups and groups[-1][0] == ids[slot]:
-                groups[-1] = (ids[slot], groups[-1][1], row + 1)
-            else:
-                groups.append((ids[slot], row, row + 1))
-        if len(good) < slots:
-            order += [slot for slot in range(slots) if not 0 <= ids[slot] < num_experts]
-        return groups, torch.tensor(order)
+        ordered = [slot for slot in range(slots) if 0 <= ids[slot] < num_experts]
+        ordered.sort(key=ids.__getitem__)
+        used = len(ordered)
+        start = 0
+        for row in range(1, used + 1):
+            if row == used or ids[ordered[row]] != ids[ordered[start]]:
+                groups.append((ids[ordered[start]], start, row))
+                start = row
+        tokens_of_rows = torch.tensor([slot // k for slot in ordered], dtype=torch.int64)
+        if used < slots:
+            ordered += [slot for slot in range(slots) if not 0 <= ids[slot] < num_experts]
+        row_of_slot = [0] * slots
+        for row, slot in enumerate(ordered):
+            row_of_slot[slot] = row
+        return groups, tokens_of_rows, torch.tensor(row_of_slot)
+
     flat = topk_ids.reshape(-1)
-    # One unsigned comparison's worth: negative ids become too large ones, which sort to the end.
-    flat = flat.where(flat >= 0, num_experts)
-    ordered, order = torch.sort(flat, stable=True)
-    bounds = torch.searchsorted(
-        ordered, torch.arange(num_experts + 1, dtype=ordered.dtype)
-    ).tolist()
-    groups = [
-        (expert, bounds[expert], bounds[expert + 1])
-        for expert in range(num_experts)
-        if bounds[expert] < bounds[expert + 1]
-    ]
-    return groups, order
+    # Negative ids become too large ones, which sort to the end.
+    sorted_ids, order = torch.sort(flat.where(flat >= 0, num_experts), stable=True)
+    experts = torch.arange(num_experts + 1, dtype=sorted_ids.dtype)
+    bounds = torch.searchsorted(sorted_ids, experts).tolist()
+    for expert in range(num_experts):
+        if bounds[expert] < bounds[expert + 1]:
+            groups.append((expert, bounds[expert], bounds[expert + 1]))
+    rows = torch.arange(slots)
+    return groups, order[: bounds[-1]] // k, torch.empty_like(order).scatter_(0, order, rows)
 
 
 def _experts(
     rows: Tensor,
-    result: Tensor,
+    slots: int,
     groups: list[_Group],
     gate_up_proj: Sequence[Tensor],
     up_proj: Sequence[Tensor],
     down_proj: Sequence[Tensor],
     sizes: Sizes,
-) -> None:
-    """``result[i] = down_e(silu(gate_e rows[i]) * up_e rows[i])`` for every row of every group."""
-    inner_shape = (sizes.inner_rows, sizes.hidden_size)
-    gate_up = _used(gate_up_proj, "gate_up_proj", groups, inner_shape)
-    up = _used(up_proj, "up_proj", groups, inner_shape) if up_proj else None
-    down = _used(down_proj, "down_proj", groups, (sizes.hidden_size, sizes.intermediate_size))
-    linear = _linears_fp32 if rows.dtype == torch.float32 else _linears
+) -> Tensor:
+    """``down_e(silu(gate_e row) * up_e row)`` for every row of every group, as [slots, H].
 
+    Rows after the last group are not written.
+    """
     width = sizes.intermediate_size
     blocks = _blocks(groups, 2 * width)
+    weights = (*gate_up_proj, *up_proj, *down_proj)
+    grouped = len(groups) >= _MANY_EXPERTS and _grouped_mm_takes(rows, weights)
+    if grouped and len(blocks) == 1 and rows.shape[0] == slots:
+        return _grouped_block(rows, groups, gate_up_proj, up_proj, down_proj)
+
+    inner_shape = (sizes.inner_rows, sizes.hidden_size)
+    linear = _linears_fp32 if rows.dtype == torch.float32 else _linears
+    result = rows.new_empty((slots, sizes.hidden_size))
     scratch_rows = max((groups[b - 1][2] - groups[a][1] for a, b in blocks), default=0)
     scratch = rows.new_empty((scratch_rows, 2 * width))
     products = rows.new_empty((scratch_rows, width))
     for first, end in blocks:
-        start, stop = groups[first][1], groups[end - 1][2]
+        block = groups[first:end]
+        start, stop = block[0][1], block[-1][2]
         # One split instead of a slice per expert: with many experts, Python is what costs.
-        counts = [group[2] - group[1] for group in groups[first:end]]
+        counts = [group[2] - group[1] for group in block]
         x = rows[start:stop].split(counts)
         both = scratch[: stop - start]
         gate, upper = both.split(width, -1)
-        if up is None:
-            linear(x, gate_up[first:end], both.split(counts))
+        gate_up = _used(gate_up_proj, "gate_up_proj", block, inner_shape)
+        if not up_proj:
+            linear(x, gate_up, both.split(counts))
         else:
-            linear(x, gate_up[first:end], gate.split(counts))
-            linear(x, up[first:end], upper.split(counts))
+            linear(x, gate_up, gate.split(counts))
+            linear(x, _used(up_proj, "up_proj", block, inner_shape), upper.split(counts))
         # Into its own rows: oneDNN is slower on the strided half of a wider buffer.
         inner = torch.mul(F.silu(gate, inplace=True), upper, out=products[: stop - start])
-        linear(inner.split(counts), down[first:end], result[start:stop].split(counts))
+        down = _used(down_proj, "down_proj", block, (sizes.hidden_size, width))
+        linear(inner.split(counts), down, result[start:stop].split(counts))
+    return result
+
+
+def _grouped_mm_takes(rows: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether ``torch.nn.functional.grouped_mm`` takes these: stacked bf16, rows of whole 16 bytes."""
+    return rows.dtype == torch.bfloat16 and all(
+        weight.dim() == 3
+        and weight.is_contiguous()
+        and weight.shape[-1] % 8 == 0
+        and weight.shape[-2] % 16 == 0
+        and weight.data_ptr() % 16 == 0
+        for weight in weights
+    )
+
+
+def _grouped_block(
+    rows: Tensor,
+    groups: list[_Group],
+    gate_up_proj: Sequence[Tensor],
+    up_proj: Sequence[Tensor],
+    down_proj: Sequence[Tensor],
+) -> Tensor:
+    """The same products as the loop over experts makes, with that loop in C++."""
+    ends = [0] * gate_up_proj[0].shape[0]
+    for expert, first, end in groups:
+        ends[expert] = end - first
+    offsets = torch.tensor(list(itertools.accumulate(ends)), dtype=torch.int32)
+    gate = F.grouped_mm(rows, gate_up_proj[0].mT, offs=offsets)
+    if up_proj:
+        upper = F.grouped_mm(rows, up_proj[0].mT, offs=offsets)
+    else:
+        gate, upper = gate.chunk(2, -1)
+    inner = F.silu(gate, inplace=True) * upper
+    return F.grouped_mm(inner, down_proj[0].mT, offs=offsets)
 
 
 def _used(
     weights: Sequence[Tensor], name: str, groups: list[_Group], shape: tuple[int, int]
 ) -> list[Tensor]:
     """The weights of the experts in ``groups``, as [in, out] views."""
-    stacked = weights[0]
-    if stacked.dim() == 3:
-        stacked = stacked.mT
-        if 3 * len(groups) > stacked.shape[0]:
-            views = stacked.unbind(0)
-            return [views[expert] for expert, _, _ in groups]
+    if weights[0].dim() == 3:
+        stacked = weights[0].mT
         return [stacked.select(0, expert) for expert, _, _ in groups]
     for expert, _, _ in groups:
         check_expert(expert, name, weights[expert], shape)
@@ -230,11 +273,10 @@ def _onednn_linear() -> Callable[[Tensor, Tensor], Tensor] | None:
 
 
 def _combine(
-    result: Tensor, order: Tensor, topk_weights: Tensor, out_dtype: torch.dtype
+    result: Tensor, row_of_slot: Tensor, topk_weights: Tensor, out_dtype: torch.dtype
 ) -> Tensor:
     """``y[t] = sum_j topk_weights[t, j] * result[row of slot (t, j)]``, summed in fp32 or fp64."""
     tokens, k = topk_weights.shape
-    rows = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0]))
     dtype = result.dtype
     if not (dtype == topk_weights.dtype == out_dtype):
         # embedding_bag has one dtype for rows, weights and sum: take one that rounds none of them.
@@ -243,7 +285,7 @@ def _combine(
             dtype = torch.float64
     return torch.embedding_bag(
         result.to(dtype),
-        rows,
+        row_of_slot,
         torch.arange(0, tokens * k, k),
         mode=0,
         per_sample_weights=topk_weights.reshape(-1).to(dtype),

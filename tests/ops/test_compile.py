@@ -21,7 +21,7 @@ def _fresh_dynamo():
 @pytest.mark.parametrize("storage", list(storages(unit_scale_inputs(1, 1, 1, 2, 1))))
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_opcheck_experts(tokens, storage):
-    data = unit_scale_inputs(tokens, 3, 2, 8, 4)
+    data = unit_scale_inputs(tokens, 3, 2, 8, 4, dtype=torch.bfloat16)
     lists = [[w.detach().requires_grad_() for w in group] for group in storages(data)[storage]]
     args = (
         data.hidden_states.requires_grad_(),

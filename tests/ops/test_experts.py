@@ -79,10 +79,12 @@ def test_odd_sizes(size):
     check(data, call(data))
 
 
+# 24 experts in bf16 take torch's own grouped product where the weights are stacked.
+@pytest.mark.parametrize("experts", [5, 24])
 @pytest.mark.parametrize("tokens", [1, 5, 70])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_storage_does_not_change_the_result(tokens, dtype):
-    data = unit_scale_inputs(tokens, 5, 2, 32, 16, dtype=dtype)
+def test_storage_does_not_change_the_result(tokens, dtype, experts):
+    data = unit_scale_inputs(tokens, experts, 4, 32, 16, dtype=dtype)
     results = {
         name: ops.fused_experts(*data[:1], *data[2:4], *weights, "silu", dtype)
         for name, weights in storages(data).items()
@@ -225,17 +227,17 @@ def test_uninitialised_memory_is_not_read():
         torch.use_deterministic_algorithms(False)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     tokens=st.integers(0, 80),
-    experts=st.integers(1, 9),
+    experts=st.sampled_from([1, 2, 3, 8, 20]),
     data=st.data(),
     seed=st.integers(0, 2**31),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
 def test_random_sizes(tokens, experts, data, seed, dtype):
     k = data.draw(st.integers(1, experts))
-    inputs = unit_scale_inputs(tokens, experts, k, 16, 8, dtype=dtype, seed=seed)
+    inputs = unit_scale_inputs(tokens, experts, k, 16, 16, dtype=dtype, seed=seed)
     # Any ids, not only those that a router gives: repeated ones and unused experts.
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, experts, (tokens, k), generator=generator)
