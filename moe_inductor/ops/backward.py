@@ -154,7 +154,7 @@ def fused_experts_backward(
                 torch.mm(dup.t(), x, out=d_up)
             dx = None if sum_hidden is None else (dgate @ w_gate_up).to(compute) + dup @ w_up
         if sum_hidden is not None and dx is not None:
-            # An expert has a token at most once unless ids repeat, so this order is deterministic either way.
+            # A token is here once unless ids repeat in its row: no two adds race, the sum is deterministic.
             sum_hidden.index_add_(0, tokens, dx.to(compute))
 
     if grad_hidden is not None and sum_hidden is not None:
