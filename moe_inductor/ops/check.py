@@ -184,9 +184,7 @@ def check_routing(router_logits: Tensor, k: int, weights_dtype: torch.dtype) -> 
         TypeError: a dtype that the op does not take.
     """
     if router_logits.dim() != 2:
-        raise ValueError(
-            f"topk_routing: router_logits must be [T, E], got {_shape(router_logits)}"
-        )
+        raise ValueError(f"topk_routing: router_logits must be [T, E], got {_shape(router_logits)}")
     if router_logits.dtype not in FLOAT_DTYPES or weights_dtype not in FLOAT_DTYPES:
         raise TypeError(
             "topk_routing: router_logits and weights_dtype must be fp16, bf16, fp32 or fp64, got "
