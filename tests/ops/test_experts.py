@@ -19,6 +19,15 @@ from moe_inductor import ops
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """New memory holds NaN, so that reading a row nobody wrote is an error on every run."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def call(data: Inputs, out_dtype=None, **change) -> torch.Tensor:
     data = data._replace(**change)
     return ops.fused_experts(
@@ -214,17 +223,6 @@ def test_inputs_stay_and_runs_are_equal():
     assert all(torch.equal(call(data), first) for _ in range(20))
     assert all(torch.equal(a, b) for a, b in zip(before, data, strict=True))
     assert all(first.untyped_storage().data_ptr() != t.untyped_storage().data_ptr() for t in data)
-
-
-def test_uninitialised_memory_is_not_read():
-    data = unit_scale_inputs(60, 8, 2, 32, 16)
-    expected = call(data)
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    try:
-        assert torch.equal(call(data), expected)
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 @settings(max_examples=40, deadline=None)

@@ -16,6 +16,15 @@ from oracle import (
 from moe_inductor import ops
 
 
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """New memory holds NaN, so that reading a row nobody wrote is an error on every run."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def leaves(tensors):
     return [tensor.detach().clone().requires_grad_() for tensor in tensors]
 
