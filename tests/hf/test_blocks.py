@@ -1,0 +1,188 @@
+"""MoE blocks of transformers 5.x alone: families, experts implementations, token counts."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from tests.hf.compare import (
+    Case,
+    Compiled,
+    assert_all_within_fp64_rule,
+    experts_modules,
+    find_case,
+    infer,
+    randomise,
+    require_transformers,
+    train,
+)
+
+require_transformers(5)
+
+HIDDEN, WIDTH, EXPERTS, K = 32, 24, 6, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """block, config: class name and arguments; softmax: the router is softmax, top-k, perhaps renormalised."""
+
+    block: str
+    config: dict
+    softmax: bool
+
+    def build(self, family: str, implementation: str, dtype: torch.dtype) -> torch.nn.Module:
+        from transformers import AutoConfig
+
+        sizes = {"hidden_size": HIDDEN, "num_experts_per_tok": K, "num_attention_heads": 2}
+        config = AutoConfig.for_model(family, **(sizes | self.config))
+        config._experts_implementation = implementation
+        modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        block = randomise(getattr(modeling, self.block)(config)).to(dtype)
+        (experts,) = experts_modules(block)
+        assert experts.config._experts_implementation == implementation
+        assert experts.gate_up_proj.shape == (EXPERTS, 2 * WIDTH, HIDDEN)
+        return block
+
+
+ONE_WIDTH = {"intermediate_size": WIDTH}
+TWO_WIDTHS = {"intermediate_size": 40, "moe_intermediate_size": WIDTH}
+GROUPS = {"n_routed_experts": EXPERTS, "n_group": 2, "topk_group": 1, "norm_topk_prob": True}
+FAMILIES = {
+    "mixtral": Family(
+        "MixtralSparseMoeBlock", ONE_WIDTH | {"num_local_experts": EXPERTS}, softmax=True
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeSparseMoeBlock",
+        TWO_WIDTHS | {"num_experts": EXPERTS, "norm_topk_prob": True},
+        softmax=True,
+    ),
+    "olmoe": Family(
+        "OlmoeSparseMoeBlock",
+        ONE_WIDTH | {"num_experts": EXPERTS, "norm_topk_prob": False},
+        softmax=True,
+    ),
+    "qwen2_moe": Family(
+        "Qwen2MoeSparseMoeBlock",
+        TWO_WIDTHS | {"num_experts": EXPERTS, "shared_expert_intermediate_size": WIDTH},
+        softmax=True,
+    ),
+    "jamba": Family("JambaSparseMoeBlock", ONE_WIDTH | {"num_experts": EXPERTS}, softmax=True),
+    "hunyuan_v1_moe": Family(
+        "HunYuanMoEV1Moe", ONE_WIDTH | {"num_experts": EXPERTS, "moe_topk": K}, softmax=True
+    ),
+    "deepseek_v3": Family("DeepseekV3MoE", TWO_WIDTHS | GROUPS, softmax=False),
+    "dots1": Family("Dots1MoE", TWO_WIDTHS | GROUPS | {"n_shared_experts": 1}, softmax=False),
+    "glm4_moe": Family("Glm4MoeMoE", TWO_WIDTHS | GROUPS | {"n_shared_experts": 1}, softmax=False),
+}
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def build(family: str, implementation: str, dtype: torch.dtype) -> torch.nn.Module:
+    return FAMILIES[family].build(family, implementation, dtype)
+
+
+def states(*shape: int, dtype: torch.dtype):
+    def draw(generator: torch.Generator) -> torch.Tensor:
+        return torch.randn(*shape, HIDDEN, generator=generator, dtype=torch.float64).to(dtype)
+
+    return draw
+
+
+def check_inference(compiled: Compiled, case: Case) -> None:
+    ours = infer(compiled, case.x)
+    eager = infer(case.module, case.x)
+    assert_all_within_fp64_rule(ours, eager, infer(case.exact, case.exact_x))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 5)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_block(family, implementation, dtype, shape):
+    block = build(family, implementation, dtype)
+    compiled = Compiled(block)
+    case = find_case(block, states(*shape, dtype=dtype))
+    eager = train(block, block, case.x)
+    exact = train(case.exact, case.exact, case.exact_x)
+    assert_all_within_fp64_rule(train(compiled, block, case.x), eager, exact)
+    compiled.assert_fused(1)
+    check_inference(compiled, case)
+    compiled.assert_fused(1, graphs=2)  # without gradients it is another graph
+    for report in compiled.blocks:
+        assert report.location.startswith(("moe.py:", f"modeling_{family}.py:"))
+        if FAMILIES[family].softmax:
+            assert report.router_fused, str(report.router_reason)
+            assert report.moe.router.score == "softmax"
+        else:
+            assert not report.router_fused
+            assert report.router_reason.code.name == "ROUTER"
+            assert report.router_reason.location.startswith(f"modeling_{family}.py:")
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_many_token_counts_on_one_module(family, implementation):
+    """Dynamo makes the token count dynamic when it changes, and 1 is always a graph of its own."""
+    block = build(family, implementation, torch.float32)
+    compiled = Compiled(block)
+    for count in (8, 9, 16, 33, 1):
+        check_inference(compiled, find_case(block, states(1, count, dtype=torch.float32)))
+    assert len(compiled.reports) <= 3, [str(r) for r in compiled.reports]
+    compiled.assert_fused(1, graphs=len(compiled.reports))
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+def test_no_tokens(implementation, dynamic):
+    """Whatever eager does with nothing, and the other way round: nothing first, then something."""
+    block = build("mixtral", implementation, torch.float32)
+    nothing = torch.empty(1, 0, HIDDEN)
+    compiled = Compiled(block, dynamic=dynamic)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(nothing), block(nothing), rtol=0.0, atol=0.0)
+    check_inference(compiled, find_case(block, states(1, 7, dtype=torch.float32)))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(nothing), block(nothing), rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_experts_alone(family, implementation, dtype):
+    """Ids and weights are inputs of the graph; nothing in it says where they come from."""
+    block = build(family, implementation, dtype)
+    case = find_case(block, states(9, 1, dtype=dtype))
+    router = block.gate
+    with torch.no_grad():
+        x = case.x.reshape(-1, HIDDEN)
+        _, weights, ids = router(x)
+    compiled = Compiled(block.experts)
+
+    def step(run, experts, dtype):
+        inputs = [t.to(dtype, copy=True).requires_grad_() for t in (x, weights)]
+        experts.zero_grad()
+        output = run(inputs[0], ids, inputs[1])
+        output.square().sum().backward()
+        gradients = {n: p.grad for n, p in experts.named_parameters()}
+        return {"output": output.detach(), "x": inputs[0].grad, "weights": inputs[1].grad} | gradients
+
+    exact = step(case.exact.experts, case.exact.experts, torch.float64)
+    eager = {n: t.clone() for n, t in step(block.experts, block.experts, dtype).items()}
+    assert_all_within_fp64_rule(step(compiled, block.experts, dtype), eager, exact)
+    compiled.assert_fused(1)
+    (report,) = compiled.blocks
+    assert not report.router_fused
+
+
+def test_eager_loop_block_runs_as_stock():
+    block = build("mixtral", "eager", torch.float32)
+    x = states(2, 5, dtype=torch.float32)(torch.Generator().manual_seed(0))
+    compiled = Compiled(block)
+    assert torch.equal(infer(compiled, x)["output"], infer(block, x)["output"])
+    # Today's behaviour; with speculation about the data the block is to be fused.
+    assert not any(report.fused for report in compiled.blocks)
+    assert counters["graph_break"]

@@ -1,0 +1,201 @@
+"""Whole causal LMs of transformers 5.x: one graph, every MoE block fused, outputs and gradients right."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.hf.compare import (
+    Case,
+    Compiled,
+    assert_all_within_fp64_rule,
+    experts_modules,
+    find_case,
+    infer,
+    randomise,
+    require_transformers,
+    train,
+)
+
+require_transformers(5)
+
+VOCAB = 64
+LAYERS = 2
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "num_experts_per_tok": 2,
+    "pad_token_id": None,
+}
+MODELS = {
+    "mixtral": {"intermediate_size": 24, "num_local_experts": 4},
+    "qwen3_moe": {
+        "intermediate_size": 48,
+        "moe_intermediate_size": 24,
+        "num_experts": 6,
+        "head_dim": 16,
+        "decoder_sparse_step": 1,
+        "norm_topk_prob": True,
+    },
+    "deepseek_v3": {
+        "intermediate_size": 48,
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 8,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 16,
+    },
+}
+MOE_BLOCKS = {"mixtral": 2, "qwen3_moe": 2, "deepseek_v3": 1}
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def build(family: str, dtype: torch.dtype, **kwargs) -> torch.nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    implementation = kwargs.pop("experts_implementation", "grouped_mm")
+    config = AutoConfig.for_model(family, **(COMMON | MODELS[family] | kwargs))
+    config._experts_implementation = implementation
+    model = randomise(AutoModelForCausalLM.from_config(config)).to(dtype)
+    for each in experts_modules(model):
+        assert each.config._experts_implementation == implementation
+    return model
+
+
+def tokens(length: int, batch: int = 2):
+    def draw(generator: torch.Generator) -> torch.Tensor:
+        return torch.randint(0, VOCAB, (batch, length), generator=generator)
+
+    return draw
+
+
+def check_inference(compiled: Compiled, case: Case, **kwargs) -> None:
+    ours = infer(compiled, case.x, **kwargs)
+    eager = infer(case.module, case.x, **kwargs)
+    assert_all_within_fp64_rule(ours, eager, infer(case.exact, case.x, **kwargs))
+
+
+def check_training(compiled: Compiled, case: Case, **kwargs) -> None:
+    kwargs["labels"] = case.x
+    eager = train(case.module, case.module, case.x, **kwargs)
+    exact = train(case.exact, case.exact, case.x, **kwargs)
+    ours = train(compiled, case.module, case.x, **kwargs)
+    assert_all_within_fp64_rule(ours, eager, exact)
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", MODELS)
+def test_forward(family, dtype, dynamic):
+    model = build(family, dtype).eval()
+    compiled = Compiled(model, dynamic=dynamic)
+    check_inference(compiled, find_case(model, tokens(5)))
+    compiled.assert_fused(MOE_BLOCKS[family])
+    if dynamic:
+        check_inference(compiled, find_case(model, tokens(7, batch=3)))
+        compiled.assert_fused(MOE_BLOCKS[family], graphs=1)
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", MODELS)
+def test_training_step(family, dtype, dynamic):
+    model = build(family, dtype).train()
+    compiled = Compiled(model, dynamic=dynamic)
+    check_training(compiled, find_case(model, tokens(5)))
+    compiled.assert_fused(MOE_BLOCKS[family])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_router_logits_and_auxiliary_loss(dtype):
+    """The block's own router logits are read outside of it."""
+    model = build("mixtral", dtype, output_router_logits=True, router_aux_loss_coef=0.5).train()
+    compiled = Compiled(model)
+    case = find_case(model, tokens(5))
+    check_training(compiled, case)
+    compiled.assert_fused(2)
+    result = model(case.x, labels=case.x)
+    assert result.aux_loss > 0.1
+    assert len(result.router_logits) == LAYERS
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["plain", "reentrant"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_checkpointing(dtype, reentrant):
+    """The blocks lie in the bodies of higher-order ops; backward runs them again."""
+    model = build("mixtral", dtype).train()
+    case = find_case(model, tokens(5))
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    compiled = Compiled(model, inner="aot_eager")
+    check_training(compiled, case)
+    compiled.assert_fused(2)
+    assert any("checkpoint" in op for op in compiled.backend.ops)
+
+
+def test_autocast_is_never_wrong():
+    model = build("mixtral", torch.float32).eval()
+    ids = tokens(5)(torch.Generator().manual_seed(0))
+    compiled = Compiled(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        eager, ours = infer(model, ids), infer(compiled, ids)
+    for name, expected in eager.items():
+        torch.testing.assert_close(ours[name], expected, rtol=0.0, atol=0.0)
+    assert [b.reason.code.name for b in compiled.blocks] == ["AUTOCAST"] * 2
+
+
+def test_eager_experts_run_as_stock():
+    """A loop over the experts that were hit: the data decides how often it runs.
+
+    This is what happens without speculation about that data; with it, the assertion on ``fused`` is to change.
+    """
+    model = build("mixtral", torch.float32, experts_implementation="eager").eval()
+    ids = tokens(5)(torch.Generator().manual_seed(0))
+    compiled = Compiled(model)
+    ours, eager = infer(compiled, ids), infer(model, ids)
+    for name, expected in eager.items():
+        torch.testing.assert_close(ours[name], expected, rtol=0.0, atol=0.0)
+    assert not any(block.fused for block in compiled.blocks)
+    for report in compiled.reports:
+        assert str(report)
+        for block in report.refused:
+            assert "modeling_mixtral.py" in block.why_not()
+
+
+def test_inductor_by_name(capsys):
+    """The one line of the README, through real Inductor."""
+    model = build("mixtral", torch.float32, num_hidden_layers=1).eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="moe_inductor")
+    for length in (5, 8, 11):
+        case = find_case(model, tokens(length))
+        check_inference(compiled, case)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "moe_inductor:" in line]
+    assert 1 <= len(lines) <= 2, lines  # the second length makes the graph dynamic
+    assert all("fused 1/1 MoE block " in line for line in lines)
+
+
+def test_generate():
+    model = build("mixtral", torch.float32, num_hidden_layers=1).eval()
+    ids = tokens(4, batch=1)(torch.Generator().manual_seed(0))
+
+    def generate() -> torch.Tensor:
+        mask = torch.ones_like(ids)
+        return model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+
+    eager = generate()
+    compiled = Compiled(model.forward)
+    model.forward = compiled
+    ours = generate()
+    assert ours.shape == (1, 8)
+    assert torch.equal(ours, eager)
+    assert compiled.blocks
+    assert all(block.fused for block in compiled.blocks)
