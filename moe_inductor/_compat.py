@@ -45,7 +45,8 @@ try:
 except ImportError:
     from torch._dynamo.exc import RestartAnalysis as StockRestart
 
-# --- fake tensors, symbolic shapes, tracing (region/, prove/) ----------------------------------------------------
+# --- operators, fake tensors, symbolic shapes, tracing (region/, match/, prove/) ----------------------------------------------------
+from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -203,7 +204,7 @@ def isolated_dynamo() -> Iterator[None]:
 
 
 class Optional(PatternExpr):
-    """``outer(inner)`` or ``inner`` alone: a view over a pattern's argument is absent where the shapes agree already."""
+    """``outer(inner)`` or ``inner`` alone: a view of a pattern's argument is absent where the shapes agree already."""
 
     def __init__(self, outer: CallFunction, inner: PatternExpr) -> None:
         self.outer, self.inner = outer, inner
@@ -220,7 +221,9 @@ def make_optional(pattern: PatternExpr, target: object) -> None:
         part.flat_args_kwargs = (
             tuple(
                 Optional(v, v.args[0])
-                if isinstance(v, CallFunction) and target in v.fns_set and isinstance(v.args[0], KeywordArg)
+                if isinstance(v, CallFunction)
+                and target in v.fns_set
+                and isinstance(v.args[0], KeywordArg)
                 else v
                 for v in values
             ),

@@ -9,8 +9,12 @@ The most common eager spelling: Mixtral and Qwen of transformers up to 4.51, OLM
 """
 
 import torch
+from moe_inductor.patterns import _blocks
+from moe_inductor.patterns._blocks import HIDDEN, NUM_EXPERTS
+from torch import nn
+from torch.nn import functional as F
 
-from moe_inductor.match.api import ExpertsSpelling
+from moe_inductor.match.api import ExpertsSpelling, NearMiss, Sample
 
 
 def reference(x, topk_ids, topk_weights, experts, *, mask, sum_in):
@@ -33,6 +37,240 @@ def reference(x, topk_ids, topk_weights, experts, *, mask, sum_in):
     return out
 
 
+class Loop(_blocks.Block):
+    """As transformers writes it; every method is one place to go wrong."""
+
+    visited = range(NUM_EXPERTS)
+
+    def mask(self, topk_ids):
+        return F.one_hot(topk_ids, num_classes=NUM_EXPERTS).permute(2, 1, 0)
+
+    def where(self, mask, e):
+        return torch.where(mask[e])
+
+    def expert(self, e, rows):
+        return F.linear(self.act(F.linear(rows, self.gate_up_proj[e])), self.down_proj[e])
+
+    def start(self, x):
+        return torch.zeros_like(x)
+
+    def add(self, out, token, y):
+        out.index_add_(0, token, y.to(out.dtype))
+
+    def experts(self, x, topk_ids, topk_weights):
+        out, mask = self.start(x), self.mask(topk_ids)
+        for e in self.visited:
+            slot, token = self.where(mask, e)
+            rows = x[None, token].reshape(-1, HIDDEN)
+            self.add(out, token, self.expert(e, rows) * topk_weights[token, slot, None])
+        return out
+
+
+class TokensFirst(Loop):
+    """DeepSeek-V3 of transformers 4.5x: the mask the other way round, and the sum in the dtype of the weights, fp32."""
+
+    def route(self, logits):
+        return super().route(logits.float() if logits.dtype != torch.float64 else logits)
+
+    def mask(self, topk_ids):
+        return F.one_hot(topk_ids, num_classes=NUM_EXPERTS).permute(2, 0, 1)
+
+    def experts(self, x, topk_ids, topk_weights):
+        out, mask = torch.zeros_like(x, dtype=topk_weights.dtype), self.mask(topk_ids)
+        for e in range(NUM_EXPERTS):
+            token, slot = torch.where(mask[e])
+            y = self.expert(e, x[token]) * topk_weights[token, slot].unsqueeze(-1)
+            out.index_add_(0, token, y)
+        return out.type(x.dtype)
+
+
+class Compare(Loop):
+    """``torch.where(topk_ids == e)`` instead of a one-hot mask, and out-of-place sums."""
+
+    def experts(self, x, topk_ids, topk_weights):
+        out = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+        for e in range(NUM_EXPERTS):
+            token, slot = torch.where(topk_ids == e)
+            out = out.index_add(
+                0, token, self.expert(e, x[token]) * topk_weights[token, slot, None]
+            )
+        return out
+
+
+class InModules(Loop):
+    """Experts in a ModuleList, each with its own three weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.mlps = nn.ModuleList(_blocks.MLP() for _ in range(NUM_EXPERTS))
+
+    def expert(self, e, rows):
+        return self.mlps[e](rows)
+
+
+class Transposed(Loop):
+    """Weights stored ``[E, in, out]`` and applied with ``@``."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(self.gate_up_proj.detach().transpose(1, 2).contiguous())
+        self.down_proj = nn.Parameter(self.down_proj.detach().transpose(1, 2).contiguous())
+
+    def expert(self, e, rows):
+        return self.act(rows @ self.gate_up_proj[e]) @ self.down_proj[e]
+
+
+class TopOne(Loop):
+    k = 1
+
+
+class AuxiliaryLoss(Loop):
+    """Logits, ids and the mask are read outside; everything but the experts stays as it is."""
+
+    def forward(self, x):
+        logits = self.gate(x)
+        topk_weights, topk_ids = self.route(logits)
+        load = self.mask(topk_ids).float().mean(dim=(1, 2))
+        balance = (load * logits.softmax(-1).mean(0)).sum()
+        return self.experts(x, topk_ids, topk_weights), balance, topk_ids
+
+
+class GeluLoop(_blocks.Gelu, Loop):
+    pass
+
+
+class SwappedLoop(_blocks.Swapped, Loop):
+    pass
+
+
+class InterleavedLoop(_blocks.Interleaved, Loop):
+    pass
+
+
+class ClampedLoop(_blocks.Clamped, Loop):
+    pass
+
+
+class OneGelu(InModules):
+    def __init__(self):
+        super().__init__()
+        self.mlps[2] = _blocks.MLP(F.gelu)
+
+
+class Missing(Loop):
+    visited = range(NUM_EXPERTS - 1)
+
+
+class MissingModule(InModules):
+    visited = range(NUM_EXPERTS - 1)
+
+
+class Twice(Loop):
+    visited = (*range(NUM_EXPERTS), 1)
+
+
+class OtherWeights(Loop):
+    def expert(self, e, rows):
+        return super().expert(NUM_EXPERTS - 1 - e, rows)
+
+
+class OtherDown(Loop):
+    def expert(self, e, rows):
+        return F.linear(
+            self.act(F.linear(rows, self.gate_up_proj[e])), self.down_proj[(e + 1) % NUM_EXPERTS]
+        )
+
+
+class StartsFromX(Loop):
+    def start(self, x):
+        return x.clone()
+
+
+class StartsFromOnes(Loop):
+    def start(self, x):
+        return torch.ones_like(x)
+
+
+class AddsTwice(Loop):
+    def add(self, out, token, y):
+        out.index_add_(0, token, y, alpha=2)
+
+
+class AddsBias(Loop):
+    def add(self, out, token, y):
+        super().add(out, token, y)
+        out.add_(0.5)
+
+
+class NoGradExpert(Loop):
+    def expert(self, e, rows):
+        with torch.no_grad():
+            return super().expert(e, rows)
+
+
+class Detached(Loop):
+    def expert(self, e, rows):
+        return super().expert(e, rows).detach()
+
+
+class ChangesInput(Loop):
+    def experts(self, x, topk_ids, topk_weights):
+        x = x.clone()
+        out, mask = self.start(x), self.mask(topk_ids)
+        for e in range(NUM_EXPERTS):
+            slot, token = self.where(mask, e)
+            self.add(out, token, self.expert(e, x[token]) * topk_weights[token, slot, None])
+            x.mul_(0.9)
+        return out
+
+
+class HiddenEscapes(Loop):
+    def experts(self, x, topk_ids, topk_weights):
+        out, mask, norm = self.start(x), self.mask(topk_ids), 0.0
+        for e in range(NUM_EXPERTS):
+            slot, token = self.where(mask, e)
+            y = self.expert(e, x[token])
+            norm = norm + y.square().sum()
+            self.add(out, token, y * topk_weights[token, slot, None])
+        return out + norm
+
+
+class PartialSumEscapes(Loop):
+    def experts(self, x, topk_ids, topk_weights):
+        out, mask, norm = self.start(x), self.mask(topk_ids), 0.0
+        for e in range(NUM_EXPERTS):
+            slot, token = self.where(mask, e)
+            self.add(out, token, self.expert(e, x[token]) * topk_weights[token, slot, None])
+            norm = norm + out.sum()
+        return out + norm
+
+
+class OtherRows(Loop):
+    """Tokens of one router choice, weights of another."""
+
+    def experts(self, x, topk_ids, topk_weights):
+        out, mask = self.start(x), self.mask(topk_ids)
+        for e in range(NUM_EXPERTS):
+            slot, token = self.where(mask, e)
+            rows = x.flip(0)[token] if e == 1 else x[token]
+            self.add(out, token, self.expert(e, rows) * topk_weights[token, slot, None])
+        return out
+
+
+class WeightSquared(Loop):
+    def add(self, out, token, y):
+        out.index_add_(0, token, y * y)
+
+
+class WrongSlots(Loop):
+    """The mask is not permuted to (slot, token) as the loop reads it: two axes of equal size hide the mistake."""
+
+    k = NUM_EXPERTS
+
+    def mask(self, topk_ids):
+        return F.one_hot(topk_ids, num_classes=NUM_EXPERTS).permute(1, 2, 0)
+
+
 EXPERT_LOOP = ExpertsSpelling(
     name="expert_loop",
     source="transformers 4.36 to 4.57: mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v3",
@@ -43,4 +281,37 @@ EXPERT_LOOP = ExpertsSpelling(
         "sum_in": ("x", "weights"),
     },
     loop=True,
+    samples=(
+        Sample(name="stacked", build=Loop),
+        Sample(name="tokens_first", build=TokensFirst),
+        Sample(name="compare", build=Compare),
+        Sample(name="module_list", build=InModules),
+        Sample(name="transposed", build=Transposed),
+        Sample(name="top_one", build=TopOne),
+        Sample(name="auxiliary_loss", build=AuxiliaryLoss),
+    ),
+    near_misses=(
+        NearMiss(name="gelu_for_silu", build=GeluLoop, code="ACTIVATION"),
+        NearMiss(name="one_expert_gelu", build=OneGelu, code="ACTIVATION"),
+        NearMiss(name="clamped_gate", build=ClampedLoop, code="ACTIVATION"),
+        NearMiss(name="gate_up_swapped", build=SwappedLoop, code="GATE_ORDER"),
+        NearMiss(name="interleaved", build=InterleavedLoop, code="LAYOUT"),
+        NearMiss(name="expert_missing", build=Missing, code="EXPERT_MISSING"),
+        NearMiss(name="module_missing", build=MissingModule, code="EXPERT_MISSING"),
+        NearMiss(name="expert_twice", build=Twice, code="EXPERT_TWICE"),
+        NearMiss(name="weights_permuted", build=OtherWeights, code="EXPERT_WEIGHTS"),
+        NearMiss(name="down_of_next_expert", build=OtherDown, code="EXPERT_WEIGHTS"),
+        NearMiss(name="starts_from_x", build=StartsFromX, code="ACCUMULATOR"),
+        NearMiss(name="starts_from_ones", build=StartsFromOnes, code="ACCUMULATOR"),
+        NearMiss(name="adds_a_constant", build=AddsBias, code="ACCUMULATOR"),
+        NearMiss(name="index_add_alpha", build=AddsTwice, code="PROOF"),
+        NearMiss(name="no_grad_inside", build=NoGradExpert, code="GRAD_STATE"),
+        NearMiss(name="detached", build=Detached, code="SPELLING"),
+        NearMiss(name="input_changed_in_loop", build=ChangesInput, code="MUTATION"),
+        NearMiss(name="expert_output_escapes", build=HiddenEscapes, code="ESCAPES"),
+        NearMiss(name="partial_sum_escapes", build=PartialSumEscapes, code="ESCAPES"),
+        NearMiss(name="other_rows_for_one_expert", build=OtherRows, code="INPUTS_DIFFER"),
+        NearMiss(name="weights_squared", build=WeightSquared, code="SPELLING"),
+        NearMiss(name="mask_axes_exchanged", build=WrongSlots, code="PROOF"),
+    ),
 )

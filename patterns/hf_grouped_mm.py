@@ -6,8 +6,10 @@ came and moved; without expert parallelism the masks select nothing, but they ar
 """
 
 import torch
+from moe_inductor.patterns import _blocks
+from moe_inductor.patterns._blocks import HIDDEN, NUM_EXPERTS, TOP_K
 
-from moe_inductor.match.api import ExpertsSpelling
+from moe_inductor.match.api import ExpertsSpelling, NearMiss, Sample
 
 
 def _native(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -22,7 +24,6 @@ def _fallback(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -
 
 def _experts(x, topk_ids, topk_weights, experts, grouped_mm, masks, permutation):
     T, k = topk_ids.shape
-    E = experts.num_experts
     expert_ids = topk_ids.reshape(-1)
     weights = topk_weights.reshape(-1)
     if permutation == "sort":
@@ -38,10 +39,10 @@ def _experts(x, topk_ids, topk_weights, experts, grouped_mm, masks, permutation)
         if x.device.type in ("cpu", "mps") or permutation == "argsort"
         else sorted_ids.int()
     )
-    counts = torch.histc(countable, bins=E, min=0, max=E - 1)
+    counts = torch.histc(countable, bins=experts.num_experts, min=0, max=experts.num_experts - 1)
     offsets = torch.cumsum(counts, dim=0, dtype=torch.int32)
 
-    sentinel = (sorted_ids >= E).unsqueeze(-1) if masks else None
+    sentinel = (sorted_ids >= experts.num_experts).unsqueeze(-1) if masks else None
 
     def masked(tensor, step):
         return tensor.masked_fill(sentinel, 0.0) if step in masks else tensor
@@ -75,12 +76,164 @@ _FACTS = {
     "permutation": ("sort", "argsort"),
 }
 
+
+class Grouped(_blocks.Block):
+    """As transformers writes it today."""
+
+    def grouped_mm(self, rows, weight, offsets):
+        if rows.dtype == torch.float64:  # torch has none; only the oracle computes in fp64
+            groups = torch.tensor_split(rows, offsets[:-1])
+            return torch.cat([g @ w.T for g, w in zip(groups, weight, strict=True)])
+        return torch._grouped_mm(rows, weight.transpose(-2, -1), offs=offsets)
+
+    def rows(self, x, order):
+        return x[order // TOP_K]
+
+    def offsets(self, sorted_ids):
+        counts = torch.histc(sorted_ids.float(), bins=NUM_EXPERTS, min=0, max=NUM_EXPERTS - 1)
+        return torch.cumsum(counts, dim=0, dtype=torch.int32)
+
+    def inverse(self, order):
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(order.size(0), device=order.device)
+        return inverse
+
+    def experts(self, x, topk_ids, topk_weights):
+        sorted_ids, order = torch.sort(topk_ids.reshape(-1))
+        offsets = self.offsets(sorted_ids)
+        hidden = self.act(self.grouped_mm(self.rows(x, order), self.gate_up_proj, offsets))
+        y = self.grouped_mm(hidden, self.down_proj, offsets)
+        y = y * self.weights(topk_weights.reshape(-1), order).unsqueeze(-1)
+        y = y[self.inverse(order)].view(-1, TOP_K, HIDDEN).sum(dim=1)
+        return y.to(x.dtype)
+
+    def weights(self, weights, order):
+        return weights[order]
+
+
+class Masked(Grouped):
+    """transformers 5.9 to 5.19: rows of expert-parallel sentinels are masked."""
+
+    def experts(self, x, topk_ids, topk_weights):
+        sorted_ids, order = torch.sort(topk_ids.reshape(-1))
+        offsets = self.offsets(sorted_ids)
+        sentinel = (sorted_ids >= NUM_EXPERTS).unsqueeze(-1)
+        sorted_ids.clamp_(max=NUM_EXPERTS - 1)
+        rows = x[order // TOP_K]
+        rows.masked_fill_(sentinel, 0.0)
+        made = self.grouped_mm(rows, self.gate_up_proj, offsets).masked_fill(sentinel, 0.0)
+        y = self.grouped_mm(self.act(made), self.down_proj, offsets).masked_fill(sentinel, 0.0)
+        y = y * topk_weights.reshape(-1)[order].unsqueeze(-1)
+        return y[self.inverse(order)].view(-1, TOP_K, HIDDEN).sum(dim=1).to(x.dtype)
+
+
+class MaskedLate(Grouped):
+    """transformers 5.6 to 5.8: the second mask comes after the routing weights."""
+
+    def experts(self, x, topk_ids, topk_weights):
+        sorted_ids, order = torch.sort(topk_ids.reshape(-1))
+        offsets = self.offsets(sorted_ids)
+        sentinel = (sorted_ids >= NUM_EXPERTS).unsqueeze(-1)
+        rows = x[order // TOP_K]
+        rows.masked_fill_(sentinel, 0.0)
+        y = self.grouped_mm(rows, self.gate_up_proj, offsets)
+        y = self.grouped_mm(self.act(y), self.down_proj, offsets)
+        y = y * topk_weights.reshape(-1)[order].unsqueeze(-1)
+        y.masked_fill_(sentinel, 0.0)
+        return y[self.inverse(order)].view(-1, TOP_K, HIDDEN).sum(dim=1).to(x.dtype)
+
+
+class ArgSorted(Grouped):
+    """transformers 5.0."""
+
+    def experts(self, x, topk_ids, topk_weights):
+        expert_ids = topk_ids.reshape(-1)
+        token_ids = (
+            torch.arange(x.size(0), device=x.device).unsqueeze(1).expand(-1, TOP_K).reshape(-1)
+        )
+        order = torch.argsort(expert_ids)
+        offsets = self.offsets(expert_ids[order])
+        hidden = self.act(self.grouped_mm(x[token_ids][order], self.gate_up_proj, offsets))
+        y = self.grouped_mm(hidden, self.down_proj, offsets)
+        y = y * topk_weights.reshape(-1, 1)[order]
+        return y[torch.argsort(order)].view(-1, TOP_K, HIDDEN).sum(dim=1).to(x.dtype)
+
+
+class GeluGrouped(_blocks.Gelu, Grouped):
+    pass
+
+
+class SwappedGrouped(_blocks.Swapped, Grouped):
+    pass
+
+
+class InterleavedGrouped(_blocks.Interleaved, Grouped):
+    pass
+
+
+class WrongK(Grouped):
+    """Rows are divided among tokens by another k than the one they were chosen with."""
+
+    def rows(self, x, order):
+        return x[order // (TOP_K + 1)]
+
+
+class OtherBins(Grouped):
+    """The same counts for these ids, by other bins: equal in value, but nothing that a trace can show."""
+
+    def offsets(self, sorted_ids):
+        counts = torch.histc(sorted_ids.float(), bins=NUM_EXPERTS, min=0, max=NUM_EXPERTS)
+        return torch.cumsum(counts, dim=0, dtype=torch.int32)
+
+
+class NotInverse(Grouped):
+    def inverse(self, order):
+        return order
+
+
+class WeightsNotSorted(Grouped):
+    def weights(self, weights, order):
+        return weights
+
+
+class OtherOffsets(Grouped):
+    def offsets(self, sorted_ids):
+        return super().offsets(sorted_ids.flip(0).sort().values.clamp(0, NUM_EXPERTS - 2))
+
+
+class HiddenEscapes(Grouped):
+    def act(self, gate_up):
+        hidden = super().act(gate_up)
+        self.norm = hidden.float().square().mean()
+        return hidden
+
+    def forward(self, x):
+        return super().forward(x), self.norm
+
+
 GROUPED_MM = ExpertsSpelling(
     name="hf_grouped_mm",
     source="transformers 5.0 to 5.23, integrations/moe.py, grouped_mm_experts_forward",
     reference=native,
     anchor="aten::_grouped_mm",
     facts=_FACTS,
+    samples=(
+        Sample(name="sort", build=Grouped, dtypes=(torch.bfloat16,)),
+        Sample(name="masked", build=Masked, dtypes=(torch.bfloat16,)),
+        Sample(name="masked_late", build=MaskedLate, dtypes=(torch.bfloat16,)),
+        Sample(name="argsort", build=ArgSorted, dtypes=(torch.bfloat16,)),
+    ),
+    near_misses=(
+        NearMiss(name="gelu_for_silu", build=GeluGrouped, code="ACTIVATION"),
+        NearMiss(name="gate_up_swapped", build=SwappedGrouped, code="GATE_ORDER"),
+        NearMiss(name="interleaved", build=InterleavedGrouped, code="LAYOUT"),
+        NearMiss(name="wrong_k", build=WrongK, code="PROOF"),
+        NearMiss(name="other_bins", build=OtherBins, code="PROOF"),
+        NearMiss(name="not_the_inverse", build=NotInverse, code="SPELLING"),
+        NearMiss(name="weights_not_sorted", build=WeightsNotSorted, code="SPELLING"),
+        NearMiss(name="offsets_of_other_ids", build=OtherOffsets, code="SPELLING"),
+        NearMiss(name="hidden_escapes", build=HiddenEscapes, code="ESCAPES"),
+    ),
 )
 
 GROUPED_MM_FALLBACK = ExpertsSpelling(

@@ -66,6 +66,8 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation
             compiled(*args, **kwargs)
     finally:
         scope.uninstall(backend)
-    explanation = Explanation(reports=list(backend.reports), graph_breaks=_compat.graph_breaks()[breaks_before:])
+    explanation = Explanation(
+        reports=list(backend.reports), graph_breaks=_compat.graph_breaks()[breaks_before:]
+    )
     print(explanation)
     return explanation

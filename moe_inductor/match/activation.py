@@ -64,7 +64,14 @@ def _is_slice(node: fx.Node) -> bool:
 
 def _halves(activation: Activation, gate: fx.Node, up: fx.Node) -> GatedUnit:
     """Both are cut from one GEMM's ``[rows, 2I]``: gate the first half, up the second."""
-    if not (_is_slice(gate) and _is_slice(up)) or gate.args[0] is not up.args[0]:
+    for half in (gate, up):
+        if not _is_slice(half):
+            raise Refusal(
+                Code.ACTIVATION,
+                f"`{name_of(half)}` stands between the projection and the activation",
+                location(half),
+            )
+    if gate.args[0] is not up.args[0]:
         raise Refusal(Code.LAYOUT, "gate and up are not halves of one projection", location(gate))
     source = gate.args[0]
     assert isinstance(source, fx.Node)

@@ -45,22 +45,22 @@ class Experts(Protocol):
 class NearMiss:
     """A program that looks like the spelling and means something else.
 
-    build: returns ``(module, inputs)`` in plain eager PyTorch; it runs unfused and equal to eager.
-    code: name of the ``reasons.Code`` it must be refused with.  router: only the router must be refused.
+    build: makes the module, in plain eager PyTorch; it is called with ``x [T, 32]`` and must equal eager exactly.
+    code: name of the ``reasons.Code`` it must be refused with.
+    In the near misses of a router the experts are fused, and only the router is refused.
     """
 
     name: str
-    build: Callable[[], tuple[torch.nn.Module, tuple[Any, ...]]]
+    build: Callable[[], torch.nn.Module]
     code: str
-    router: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A program in this spelling that must be fused.  build(dtype) returns ``(module, inputs)``."""
+    """A program in this spelling that must be fused.  build makes the module; it is called with ``x [T, 32]``."""
 
     name: str
-    build: Callable[[torch.dtype], tuple[torch.nn.Module, tuple[Any, ...]]]
+    build: Callable[[], torch.nn.Module]
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
 
 
@@ -72,6 +72,8 @@ class ExpertsSpelling:
     anchor: name of an ATen or custom op without which this spelling cannot occur ("aten::_grouped_mm").
     facts: keyword arguments of the reference, each with the values it may take.
     loop: the reference visits experts one by one; its iteration is the pattern.
+    ids_in_range: a fact under which the reference redirects ids outside ``[0, E)``, which the fused op ignores; with
+    it, only ids that come from a top-k over E scores are matched.
     """
 
     name: str
@@ -80,6 +82,7 @@ class ExpertsSpelling:
     anchor: str
     facts: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
     loop: bool = False
+    ids_in_range: str | None = None
     samples: tuple[Sample, ...] = ()
     near_misses: tuple[NearMiss, ...] = ()
 
@@ -113,8 +116,11 @@ def discover() -> list[Spelling]:
     """Every spelling defined at the top level of a module in ``moe_inductor.patterns``, in name order."""
     package = importlib.import_module("moe_inductor.patterns")
     found: dict[str, Spelling] = {}
-    for info in sorted(pkgutil.iter_modules(package.__path__), key=lambda i: i.name):
-        for spelling in _spellings(importlib.import_module(f"{package.__name__}.{info.name}")):
+    names = sorted(i.name for i in pkgutil.iter_modules(package.__path__))
+    for name in names:
+        if name.startswith("_"):  # shared by patterns, not one itself
+            continue
+        for spelling in _spellings(importlib.import_module(f"{package.__name__}.{name}")):
             if found.setdefault(spelling.name, spelling) is not spelling:
                 raise ValueError(f"two patterns are named {spelling.name!r}")
     return list(found.values())

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import operator
 from collections.abc import Iterator
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
-from moe_inductor._compat import Match, PatternMatcherPass, register_graph_pattern
+from moe_inductor._compat import Match, OpOverload, PatternMatcherPass, register_graph_pattern
 from moe_inductor.description import Combine, Experts, MoE
 from moe_inductor.match.activation import GatedUnit, read_activation
 from moe_inductor.match.api import ExpertsSpelling, combinations
@@ -112,6 +114,10 @@ class _Attempt:
         moe = _describe(self.spelling, unit, upper["topk_ids"], group)
         self._check_trace(moe, upper, group)
         check_experts(moe, group.gate_up, group.up, group.down)
+        if self.facts.get(self.spelling.ids_in_range or "") and not _in_range(
+            upper["topk_ids"], moe.experts.num_experts
+        ):
+            raise Refusal(Code.SPELLING, "ids may be out of range", location(group.output))
         return Bound(
             spelling=self.spelling,
             facts=self.facts,
@@ -136,6 +142,7 @@ class _Attempt:
             and (moe.top_k == 1) == (self.shapes.top_k == 1)
             and str(x.numel()) == str(T * H)
             and str(ids.numel()) == str(T * moe.top_k)
+            and not (self.shapes.is_transposed and _is_permuted(group.down))
         )
         if not fits:
             raise Refusal(Code.SPELLING, "", location(group.output))
@@ -154,8 +161,13 @@ def find_all(module: fx.GraphModule, pattern: Any) -> list[Match]:
     return [hits[n] for n in module.graph.nodes if n in hits]
 
 
+def _is_permuted(weight: Weight) -> bool:
+    """The operand is a transpose of what is stored: the pattern without ``is_transposed`` names the storage."""
+    return any(node.target is torch.ops.aten.permute.default for node in weight.nodes)
+
+
 def _op_name(node: fx.Node) -> str:
-    return node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
+    return node.target._schema.name if isinstance(node.target, OpOverload) else ""
 
 
 def _shapes(canonical: Canonical, anchor: str) -> Iterator[Shapes]:
@@ -219,11 +231,26 @@ def _describe(spelling: ExpertsSpelling, unit: GatedUnit, topk_ids: fx.Node, gro
 
 
 def _top_k(topk_ids: fx.Node, tokens: Any) -> int:
+    """k of ``topk_ids [T, k]``, or of its flat form."""
     shape = value(topk_ids).shape
     if len(shape) >= 2 and isinstance(shape[-1], int):
         return shape[-1]
-    if isinstance(tokens, int) and isinstance(value(topk_ids).numel(), int) and tokens:
-        return value(topk_ids).numel() // tokens
+    ratio = sympy.simplify(_expr(value(topk_ids).numel()) / _expr(tokens)) if tokens != 0 else None
+    if ratio is not None and ratio.is_Integer:
+        return int(ratio)
     raise Refusal(
         Code.SPELLING, "the number of experts per token is not a known size", location(topk_ids)
     )
+
+
+def _expr(size: Any) -> sympy.Expr:
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+def _in_range(topk_ids: fx.Node, num_experts: int) -> bool:
+    """Are the ids positions among E scores, hence in ``[0, E)``?"""
+    pack = topk_ids.args[0] if topk_ids.target is operator.getitem else None
+    if not isinstance(pack, fx.Node) or pack.target is not torch.ops.aten.topk.default:
+        return False
+    scores, _, dim = (*pack.args, -1)[:3]
+    return isinstance(scores, fx.Node) and value(scores).shape[dim] == num_experts

@@ -108,7 +108,7 @@ def _experts_pieces(
     if shapes.is_transposed:
         matrices = [(inner, outer) for outer, inner in matrices]
 
-    def run(x, topk_ids, topk_weights, gate_up, down):  # noqa: ANN001, ANN202
+    def run(x, topk_ids, topk_weights, gate_up, down):
         return reference(x, topk_ids, topk_weights, _Hollow(gate_up, down, shapes), **dict(facts))
 
     with _fakes() as fake_mode:
@@ -153,7 +153,7 @@ def _start_of_sum(root: fx.Node, hole: fx.Node) -> fx.Node:
 
 @functools.lru_cache(maxsize=1024)
 def _router_piece(reference: Callable, facts: tuple, shapes: Shapes) -> tuple[PatternExpr, Any]:
-    def run(router_logits):  # noqa: ANN001, ANN202
+    def run(router_logits):
         return reference(router_logits, shapes.top_k, **dict(facts))[0]
 
     with _fakes() as fake_mode:

@@ -1,8 +1,8 @@
 """Equality of expressions by value numbering.
 
 Two nodes get the same number exactly when the whole expressions below them are the same: operator, arguments, every
-constant, and shape, dtype and device of every result.  Symbolic sizes are compared by symbol, sizes that depend on data by
-the expression that makes them.
+constant, and shape, dtype and device of every result.  Symbolic sizes are compared by symbol, sizes that depend on data
+by the expression that makes them.
 """
 
 from __future__ import annotations

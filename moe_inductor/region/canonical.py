@@ -184,7 +184,7 @@ def _fake_mode(region: Region) -> FakeTensorMode:
 def _one_state(region: Region) -> bool:
     """All floating-point work of a region runs under one grad mode and outside autocast; returns the grad mode.
 
-    A value computed under ``torch.no_grad()`` inside a block that trains has no gradient; a fused block would give it one.
+    A value computed under ``torch.no_grad()`` inside a block that trains has no gradient; a fused one would have it.
     """
     members = set(region.nodes)
     grad = torch.is_grad_enabled()

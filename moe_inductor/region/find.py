@@ -52,8 +52,9 @@ _GATHERS = frozenset({"getitem", "index_select", "gather", "take_along_dim", "em
 _VIEWS = frozenset(
     {
         "view", "reshape", "unsqueeze", "squeeze", "flatten", "transpose", "permute", "t", "T", "mT", "expand",
-        "contiguous", "to", "type", "float", "bfloat16", "half", "type_as", "repeat_interleave", "chunk", "split",
-        "unbind", "select", "narrow", "getattr", "expand_as", "view_as", "detach", "getitem", "size", "sym_size",
+        "contiguous", "clone", "to", "type", "float", "bfloat16", "half", "type_as", "repeat_interleave", "chunk",
+        "split", "unbind", "select", "narrow", "getattr", "expand_as", "view_as", "detach", "getitem", "size",
+        "sym_size",
     }
 )  # fmt: skip
 _CONSTRUCTORS = frozenset(
@@ -218,18 +219,22 @@ def _grow(
 
     # What leads to an anchor ...
     leads: set[fx.Node] = set(anchors)
+
+    def is_read(node: fx.Node) -> bool:
+        return any(u in leads for u in node.users)
+
     for node in reversed(after):
-        if order[node] <= last_anchor and node in chosen:
-            if any(u in leads for u in node.users):
-                leads.add(node)
-            elif any(m in leads or any(u in leads for u in m.users) for m in mutated(node)):
-                leads.add(node)
+        if order[node] > last_anchor or node not in chosen:
+            continue
+        if is_read(node) or any(m in leads or is_read(m) for m in mutated(node)):
+            leads.add(node)
 
     # ... and what follows from the region alone.
     members = {root} | leads
+    reach = _Reach(members, chosen_count(root))
     for node in after:
-        if node in chosen and node not in members and _closed(node, members, chosen):
-            members.add(node)
+        if node in chosen and node not in members and reach.admits(node):
+            reach.add(node)
     for node in (
         after
     ):  # an index computed for a later step may have been refused before its reader came in
@@ -241,16 +246,46 @@ def _grow(
     return Region(graph, [n for n in graph.nodes if n in members], root, anchors[0])
 
 
-def _closed(node: fx.Node, members: set[fx.Node], chosen: set[fx.Node]) -> bool:
-    """May ``node`` join: it reads the region, and otherwise only parameters, fresh tensors or gathered rows."""
-    inputs = node.all_input_nodes
-    if any(unbacked(value(a)) for a in inputs) or has_unbacked(node):
-        return True
-    if not any(a in members for a in inputs) or name_of(node) in _GEMMS:
-        return False
-    if name_of(node) in _GATHERS:
-        return inputs[0] in members or all(a in members for a in inputs[1:])
-    return all(a in members or _is_source(a) or not list(tensors(a)) for a in inputs)
+class _Reach:
+    """How far a region goes on after its anchors.  ``members`` is extended in place.
+
+    choices: the number of token-expert pairs, T*k, as a string; "" when unknown.
+    """
+
+    def __init__(self, members: set[fx.Node], choices: str) -> None:
+        self.members, self.choices = members, choices
+        self.written = {s for m in members for target in mutated(m) for s in storages(target)}
+
+    def add(self, node: fx.Node) -> None:
+        self.members.add(node)
+        self.written |= {s for target in mutated(node) for s in storages(target)}
+
+    def admits(self, node: fx.Node) -> bool:
+        """``node`` reads the region, and otherwise only parameters, fresh tensors, gathered rows or one number per
+        choice.  What reads a whole other activation is not part of the experts: the residual stream comes in there."""
+        inputs = node.all_input_nodes
+        if any(unbacked(value(a)) for a in inputs) or has_unbacked(node):
+            return True
+        if not any(map(self._inside, inputs)) or name_of(node) in _GEMMS:
+            return False
+        if name_of(node) in _GATHERS:
+            return self._inside(inputs[0]) or all(map(self._inside, inputs[1:]))
+        return all(
+            self._inside(a) or _is_source(a) or self._is_weight(a) or not list(tensors(a))
+            for a in inputs
+        )
+
+    def _inside(self, node: fx.Node) -> bool:
+        return node in self.members or bool(storages(node) & self.written)
+
+    def _is_weight(self, node: fx.Node) -> bool:
+        return is_tensor(node) and str(value(node).numel()) == self.choices
+
+
+def chosen_count(root: fx.Node) -> str:
+    """The number of elements of the ids that ``root`` chooses, as a string to compare symbolic sizes by."""
+    integral = [t for t in tensors(root) if not t.dtype.is_floating_point]
+    return str(integral[0].numel()) if integral else ""
 
 
 def _is_source(node: fx.Node) -> bool:
@@ -258,6 +293,23 @@ def _is_source(node: fx.Node) -> bool:
     while node.op.startswith("call") and name_of(node) in _VIEWS and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node.op in ("placeholder", "get_attr") or name_of(node) in _CONSTRUCTORS
+
+
+def _is_splittable(node: fx.Node) -> bool:
+    """A tensor, or the pieces of one; the results of a top-k are inputs of their own."""
+    return is_tensor(node) or name_of(node) in ("chunk", "split", "unbind", "size")
+
+
+def _is_made_here(node: fx.Node) -> bool:
+    """A number, or an index tensor that depends on nothing but sizes: ``torch.arange(T)`` and views of it."""
+    return not is_tensor(node) or (_is_source(node) and not _reaches_input(node))
+
+
+def _reaches_input(node: fx.Node) -> bool:
+    return node.op in ("placeholder", "get_attr") or any(
+        is_tensor(a) and name_of(node) not in _CONSTRUCTORS and _reaches_input(a)
+        for a in node.all_input_nodes
+    )
 
 
 def _add_router(root: fx.Node, members: set[fx.Node]) -> None:
@@ -289,7 +341,9 @@ def _add_operands(members: set[fx.Node]) -> None:
         if node in members or not node.op.startswith("call"):
             continue
         name = name_of(node)
-        if name == "getitem" and any(is_tensor(a) for a in node.all_input_nodes[1:]):
+        if name == "getitem" and not all(_is_made_here(a) for a in node.all_input_nodes[1:]):
+            continue  # rows picked by something computed: that is a tensor of its own
+        if name == "getitem" and not _is_splittable(node.all_input_nodes[0]):
             continue
         if name in _VIEWS or name in _CONSTRUCTORS or node.target is operator.getitem:
             members.add(node)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moe_inductor._compat import free_unbacked_symbols
+from moe_inductor._compat import OpOverload, OpOverloadPacket, free_unbacked_symbols
 
 # Dynamo keeps the fake value of a node under "example_value", ATen graphs keep it under "val".
 _VALUE_KEYS = ("example_value", "val")
@@ -72,9 +72,9 @@ def name_of(node: fx.Node) -> str:
     """``"index_add_"`` for a method call, ``torch.Tensor.index_add_`` or ``aten.index_add_.default``."""
     if isinstance(node.target, str):
         return node.target
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         return node.target._schema.name.split("::")[-1]
-    if isinstance(node.target, torch._ops.OpOverloadPacket):
+    if isinstance(node.target, OpOverloadPacket):
         return node.target.__name__
     return getattr(node.target, "__name__", str(node.target))
 
@@ -95,7 +95,7 @@ def mutated(node: fx.Node) -> list[fx.Node]:
     """The arguments that ``node`` changes in place."""
     if node.op not in ("call_function", "call_method"):
         return []
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         schema = node.target._schema
         named = dict(zip((a.name for a in schema.arguments), node.args, strict=False))
         named.update(node.kwargs)

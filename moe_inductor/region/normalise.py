@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moe_inductor._compat import FakeTensor
+from moe_inductor._compat import FakeTensor, OpOverload
 from moe_inductor.region.nodes import is_integral, unbacked, value
 
 aten = torch.ops.aten
@@ -119,12 +119,21 @@ class Emitter:
     def sizes(self, val: torch.Tensor) -> list[Any]:
         return [self.size(s) for s in val.shape]
 
+    def same_sizes(self, a: Any, b: Any) -> bool:
+        """Two nonzeros of one mask are one node here, so their sizes are the same although torch made two symbols."""
+        return len(a) == len(b) and all(
+            self.size(x) == self.size(y) for x, y in zip(a, b, strict=True)
+        )
+
+    def same_shape(self, a: torch.Tensor, b: torch.Tensor) -> bool:
+        return self.same_sizes(a.shape, b.shape)
+
     # -- the three uniform spellings that rules build -------------------------------------------------------------
     def view(self, base: fx.Node, val: Any, origin: str | None) -> fx.Node:
         """view(view(x, a), b) = view(x, b);  view(x, shape of x) = x"""
         if base.target is aten.view.default:
             base = base.args[0]  # type: ignore[assignment]
-        if _same_shape(value(base), val):
+        if self.same_shape(value(base), val):
             return base
         return self.emit(aten.view.default, (base, self.sizes(val)), {}, val, origin)
 
@@ -142,7 +151,7 @@ class Emitter:
         self, base: fx.Node, dim: int, start: Any, end: Any, val: Any, origin: str | None
     ) -> fx.Node:
         """slice(x, dim, 0, size) = x"""
-        if _same_shape(value(base), val):
+        if self.same_shape(value(base), val):
             return base
         return self.emit(aten.slice.Tensor, (base, dim, start, end), {}, val, origin)
 
@@ -225,7 +234,7 @@ def _reshape(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
             isinstance(start, int)
             and isinstance(end, int)
             and end == start + 1
-            and _same_sizes(made.shape, shape[:dim] + shape[dim + 1 :])
+            and out.same_sizes(made.shape, shape[:dim] + shape[dim + 1 :])
         ):
             return out.emit(
                 aten.select.int, (source, dim, start), {}, made, node.meta.get("stack_trace")
@@ -250,7 +259,7 @@ def _transpose(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 def _expand(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     """expand(x, shape of x) = x; sizes are spelled out, never -1"""
     made = value(node)
-    if _same_shape(value(args[0]), made):
+    if out.same_shape(value(args[0]), made):
         return args[0]
     return out.emit(
         aten.expand.default, (args[0], out.sizes(made)), {}, made, node.meta.get("stack_trace")
@@ -359,7 +368,7 @@ def _commute(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     made = value(node)
     a, b = args
     rank_a, rank_b = (
-        (not _same_shape(value(n), made), n.target not in _ACTIVATIONS) for n in (a, b)
+        (not out.same_shape(value(n), made), n.target not in _ACTIVATIONS) for n in (a, b)
     )
     if rank_b < rank_a:
         return out.emit(node.target, (b, a), {}, made, node.meta.get("stack_trace"))
@@ -377,7 +386,7 @@ def _uniform(node: fx.Node, env: Callable[[fx.Node], Any]) -> tuple[tuple, dict]
     """Arguments by position in schema order; trailing defaults dropped."""
     args = fx.map_arg(node.args, env)
     kwargs = dict(fx.map_arg(node.kwargs, env))
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return tuple(args), kwargs
     positional = [a for a in node.target._schema.arguments if not a.kwarg_only]
     spelled, named = list(args), dict(kwargs)
@@ -424,18 +433,6 @@ def _count_dims_from_zero(spelled: list[Any], schema: list[Any]) -> list[Any]:
 
 def _plainly_equal(a: Any, b: Any) -> bool:
     return type(a) is type(b) and not isinstance(a, (fx.Node, torch.SymInt)) and a == b
-
-
-def _same_sizes(a: Any, b: Any) -> bool:
-    return len(a) == len(b) and all(_size_key(x) == _size_key(y) for x, y in zip(a, b, strict=True))
-
-
-def _same_shape(a: Any, b: Any) -> bool:
-    return _same_sizes(a.shape, b.shape)
-
-
-def _size_key(size: Any) -> Any:
-    return str(size.node.expr) if isinstance(size, torch.SymInt) else size
 
 
 def _key(item: Any) -> Any:

@@ -85,4 +85,3 @@ def erase_unneeded(region: Region, keep: set[fx.Node]) -> int:
             erased += 1
     region.nodes = [n for n in region.nodes if n in keep]
     return erased
-

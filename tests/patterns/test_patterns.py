@@ -1,0 +1,171 @@
+"""Every pattern that is found: its samples are fused and right, its near misses are refused and untouched.
+
+Nothing here names a pattern.  A new file in patterns/ is tested because it is there.
+"""
+
+from __future__ import annotations
+
+import copy
+import zlib
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+from moe_inductor.match.api import (
+    ExpertsSpelling,
+    RouterSpelling,
+    Sample,
+    combinations,
+    discover,
+)
+from moe_inductor.match.pieces import Shapes, experts_pieces, router_piece
+from moe_inductor.reasons import Code
+from moe_inductor.rewrite import pipeline
+from tests.oracle import assert_within_fp64_rule
+
+SPELLINGS = discover()
+SAMPLES = [
+    pytest.param(s, sample, dtype, id=f"{s.name}-{sample.name}-{str(dtype)[6:]}")
+    for s in SPELLINGS
+    for sample in s.samples
+    for dtype in sample.dtypes
+]
+NEAR_MISSES = [
+    pytest.param(s, miss, id=f"{s.name}-{miss.name}") for s in SPELLINGS for miss in s.near_misses
+]
+T = 11
+
+
+def _floats(output: object) -> list[torch.Tensor]:
+    return [
+        t for t in tree_leaves(output) if isinstance(t, torch.Tensor) and t.dtype.is_floating_point
+    ]
+
+
+def _step(run: object, module: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """One training step: the outputs and the gradients of the input and of every parameter."""
+    module.zero_grad()
+    x = x.clone().requires_grad_()
+    outputs = _floats(run(x))  # type: ignore[operator]
+    sum(o.square().sum() for o in outputs if o.requires_grad).backward()
+    return [o.detach() for o in outputs] + [
+        torch.zeros_like(p) if p.grad is None else p.grad for p in (x, *module.parameters())
+    ]
+
+
+def _inputs(
+    sample: Sample, dtype: torch.dtype
+) -> tuple[torch.nn.Module, torch.nn.Module, torch.Tensor]:
+    """The block in ``dtype``, the same block in fp64, and tokens for which both choose the same experts.
+
+    Routing is discrete: where two experts score alike, rounding decides, and comparing outputs means nothing.
+    """
+    for attempt in range(20):
+        torch.manual_seed(zlib.crc32(sample.name.encode()) + attempt)
+        module = sample.build().to(dtype)
+        exact = copy.deepcopy(module).double()
+        x = torch.randn(T, 32, dtype=dtype)
+        with torch.no_grad():
+            mine = module.route(module.gate(x))[1]
+            truth = exact.route(exact.gate(x.double()))[1]
+        if torch.equal(mine, truth):
+            return module, exact, x
+    raise AssertionError("no tokens without ties found")
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize(("spelling", "sample", "dtype"), SAMPLES)
+def test_sample_is_fused_and_right(spelling, sample, dtype, training, dynamic, rewritten):
+    module, exact_module, x = _inputs(sample, dtype)
+    compiled = rewritten(module, dynamic=dynamic)
+
+    def forward(run, module, x):
+        with torch.no_grad():
+            return _floats(run(x))
+
+    run = _step if training else forward
+    eager = run(module, module, x)
+    exact = run(exact_module, exact_module, x.double())
+    ours = run(compiled, module, x)
+
+    (block,) = compiled.blocks
+    assert block.fused, block.why_not()
+    assert len(compiled.backend.reports) == 1, "one graph"
+    if isinstance(spelling, ExpertsSpelling):
+        assert block.spelling == spelling.name
+    else:
+        assert block.router_fused, block.router_reason
+    for i, (mine, theirs, truth) in enumerate(zip(ours, eager, exact, strict=True)):
+        assert_within_fp64_rule(mine, theirs, truth, what=f"tensor {i}")
+
+
+@pytest.mark.parametrize(("spelling", "miss"), NEAR_MISSES)
+def test_near_miss_is_refused_with_its_reason(spelling, miss, rewritten):
+    torch.manual_seed(zlib.crc32(miss.name.encode()))
+    dtype = torch.bfloat16 if spelling.samples[0].dtypes == (torch.bfloat16,) else torch.float32
+    module = miss.build().to(dtype)
+    x = torch.randn(T, 32, dtype=dtype)
+    compiled = rewritten(module)
+    eager = _step(module, module, x)
+    ours = _step(compiled, module, x)
+
+    (block,) = compiled.blocks[:1]
+    if isinstance(spelling, RouterSpelling) or miss.code == Code.ROUTER.name:
+        assert block.fused, block.why_not()
+        assert not block.router_fused
+        reason, tolerance = block.router_reason, 1e-5
+    else:
+        assert not block.fused
+        reason, tolerance = block.reason, 0.0  # nothing was touched: the same bits
+    assert reason.code is Code[miss.code], f"{reason.code}: {reason}"
+    assert reason.location, "a refusal names the model's source line"
+    outputs = len(_floats(module(x)))
+    for i, (mine, theirs) in enumerate(zip(ours, eager, strict=True)):
+        # The backward of an index adds up in an order that varies from run to run.
+        bound = tolerance if i < outputs else max(tolerance, 1e-4)
+        torch.testing.assert_close(mine, theirs, rtol=bound, atol=bound)
+
+
+def test_every_spelling_has_samples_and_ten_near_misses_exist():
+    assert all(s.samples for s in SPELLINGS if s.name != "hf_grouped_mm_fallback")
+    assert len(NEAR_MISSES) >= 10
+
+
+@pytest.mark.parametrize("spelling", [s for s in SPELLINGS if s.samples], ids=lambda s: s.name)
+def test_every_fact_value_is_proved_by_a_sample(spelling, rewritten, monkeypatch):
+    """A fact value that no sample needs is untested, and dead weight in every compile."""
+    used: list[dict[str, object]] = []
+    name = "prove_experts" if isinstance(spelling, ExpertsSpelling) else "prove_router"
+    prove = getattr(pipeline, name)
+
+    def spy(canonical, bound, *router):
+        prove(canonical, bound, *router)
+        used.append((router[0] if router else bound).facts)
+
+    monkeypatch.setattr(pipeline, name, spy)
+    for sample in spelling.samples:
+        dtype = sample.dtypes[-1]
+        rewritten(sample.build().to(dtype))(torch.randn(T, 32, dtype=dtype))
+    # Two values may trace alike on a CPU and differ on a GPU (softmax of half precision into fp32).
+    proved = {_trace_of(spelling, facts) for facts in used}
+    for fact, values in spelling.facts.items():
+        for value in values:
+            having = [f for f in combinations(spelling.facts) if f[fact] == value]
+            assert proved & {_trace_of(spelling, f) for f in having}, f"{fact}={value} is unused"
+
+
+def _trace_of(spelling, facts: dict[str, object]) -> str:
+    shapes = Shapes(
+        x_dtype=torch.bfloat16,
+        weights_dtype=torch.float32,
+        device=torch.device("cpu"),
+        num_tokens=7,
+        top_k=2,
+    )
+    items = tuple(sorted(facts.items()))
+    if isinstance(spelling, RouterSpelling):
+        return repr(router_piece(spelling, items, shapes)[0])
+    pieces = experts_pieces(spelling, items, shapes)
+    return repr((pieces.upper, pieces.lower))
