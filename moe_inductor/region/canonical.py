@@ -22,6 +22,7 @@ from moe_inductor._compat import (
     FakeTensorMode,
     FunctionalTensorMode,
     dispatch_functionalize,
+    enable_python_dispatcher,
     make_fx,
 )
 from moe_inductor.reasons import Code, Refusal
@@ -104,6 +105,7 @@ def trace(
         if fake_mode.shape_env is not None:
             # Symbols made by running nonzero() again belong to nobody.
             stack.enter_context(fake_mode.shape_env.ignore_fresh_unbacked_symbols())
+            stack.enter_context(enable_python_dispatcher())  # symbolic sizes need the Python kernels
         stack.enter_context(fx.traceback.preserve_node_meta())
         args = [_fresh(v) for v in values]
         gm = make_fx(

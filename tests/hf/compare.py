@@ -121,31 +121,34 @@ def in_fp64(module: nn.Module) -> nn.Module:
 
 @dataclasses.dataclass
 class Case:
-    """A module, its fp64 copy, and an input for which both choose the same experts in every layer."""
+    """A module, its fp64 copy, and inputs for which both choose the same experts in every layer."""
 
     module: nn.Module
     exact: nn.Module
-    x: Tensor
-
-    @property
-    def exact_x(self) -> Tensor:
-        return self.x.double() if self.x.is_floating_point() else self.x
+    inputs: list[Tensor]
 
 
 def find_case(
     module: nn.Module,
     draw: Callable[[torch.Generator], Tensor],
     chosen: Callable[[nn.Module, Tensor], list[Tensor]] | None = None,
+    count: int = 1,
 ) -> Case:
     """Routing is discrete: where two experts score alike rounding decides, and comparing outputs means nothing."""
     chosen = chosen or chosen_experts
-    exact = in_fp64(module)
+    case = Case(module, in_fp64(module), [])
     for seed in range(SEEDS):
-        case = Case(module, exact, draw(torch.Generator().manual_seed(seed)))
-        mine, truth = chosen(module, case.x), chosen(exact, case.exact_x)
+        x = draw(torch.Generator().manual_seed(seed))
+        mine, truth = chosen(module, x), chosen(case.exact, _exact(x))
         if all(torch.equal(a, b) for a, b in zip(mine, truth, strict=True)):
+            case.inputs.append(x)
+        if len(case.inputs) == count:
             return case
-    raise AssertionError(f"no input without ties in {SEEDS} tries")
+    raise AssertionError(f"not {count} inputs without ties in {SEEDS} tries")
+
+
+def _exact(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
 
 
 def chosen_experts(module: nn.Module, x: Tensor) -> list[Tensor]:
@@ -176,24 +179,54 @@ def infer(run: Any, x: Tensor, **kwargs: Any) -> dict[str, Tensor]:
         return _named(run(x, **kwargs))
 
 
-def train(run: Any, module: nn.Module, x: Tensor, **kwargs: Any) -> dict[str, Tensor]:
+def train(run: Any, module: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """One step: the outputs and the gradient of every parameter (and of the input of a block)."""
     module.zero_grad()
     is_block = x.is_floating_point()
     if is_block:
         x = x.clone().requires_grad_()
-    outputs = _named(run(x, **kwargs))
+    outputs = _named(run(x) if is_block else run(x, labels=x))
     loss = outputs.get("loss")
     if loss is None:
         loss = sum(o.square().sum() for o in outputs.values() if o.requires_grad)
     loss.backward()
-    gradients = {n: p.grad for n, p in module.named_parameters()} | ({"x": x.grad} if is_block else {})
+    gradients = {n: p.grad for n, p in module.named_parameters()} | (
+        {"x": x.grad} if is_block else {}
+    )
     missing = [n for n, g in gradients.items() if g is None]
     assert not missing, f"no gradient: {missing}"
     result = {n: o.detach() for n, o in outputs.items()}
     result |= {f"gradient of {n}": g for n, g in gradients.items()}
     module.zero_grad()
     return result
+
+
+def check_inference(compiled: Any, case: Case) -> None:
+    steps = [(compiled, _same), (case.module, _same), (case.exact, _exact)]
+    assert_all_within_fp64_rule(
+        *(_stacked([infer(run, to(x)) for x in case.inputs]) for run, to in steps)
+    )
+
+
+def check_training(compiled: Any, case: Case) -> None:
+    """All inputs of the case are one sample.  A bf16 gradient from one token has so few roundings that eager's
+    error may be small by luck; over many inputs it is not, and twice of it is a fair bound."""
+    steps = [
+        (compiled, case.module, _same),
+        (case.module, case.module, _same),
+        (case.exact, case.exact, _exact),
+    ]
+    assert_all_within_fp64_rule(
+        *(_stacked([train(run, m, to(x)) for x in case.inputs]) for run, m, to in steps)
+    )
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _stacked(results: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([r[name] for r in results]) for name in results[0]}
 
 
 def _named(output: Any) -> dict[str, Tensor]:
@@ -203,7 +236,9 @@ def _named(output: Any) -> dict[str, Tensor]:
         return {f"output {i}": o for i, o in enumerate(output)}
     wanted = ("loss", "logits", "aux_loss")
     named = {n: output[n] for n in wanted if output.get(n) is not None}
-    return named | {f"router logits {i}": t for i, t in enumerate(output.get("router_logits") or ())}
+    return named | {
+        f"router logits {i}": t for i, t in enumerate(output.get("router_logits") or ())
+    }
 
 
 def assert_all_within_fp64_rule(
