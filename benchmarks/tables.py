@@ -114,13 +114,57 @@ def render(run: dict[str, Any]) -> list[str]:
     ]
 
 
+def layers_table(rows: list[dict[str, Any]]) -> list[str]:
+    header = [
+        "block",
+        "mode",
+        "T",
+        "ours",
+        "inductor",
+        "vs inductor",
+        "rmse vs eager's",
+        "worst row",
+    ]
+    return table(
+        header,
+        [
+            [
+                row["block"],
+                row["mode"],
+                str(row["T"]),
+                number(row["us_ours"]),
+                number(row["us_inductor"]),
+                f"{row['us_inductor'] / row['us_ours']:.2f}x",
+                f"{row['ratio']:.2f}",
+                f"{row['worst_row_ratio']:.2f}",
+            ]
+            for row in rows
+        ],
+    )
+
+
+def render_layers(run: dict[str, Any]) -> list[str]:
+    rejected = [f"{r['block']} {r['mode']} T={r['T']}" for r in run["rows"] if not r["accepted"]]
+    return [
+        f"{run['gpu']}, torch {run['torch']}, Triton {run['triton']}, transformers {run['transformers']},"
+        f" bfloat16, {run['date']}. `{run['command'].split(' --out')[0]}`",
+        "",
+        "Unmodified blocks of transformers through `torch.compile`, us per call on the stream, Python included; without"
+        " CUDA graphs (mode default) small T is launch time and varies with the host.",
+        f"Outside the accuracy rule: {', '.join(rejected) or 'none'}.",
+        "",
+        *layers_table(run["rows"]),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="fail if the page is out of date")
     arguments = parser.parse_args()
     lines: list[str] = []
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
-        lines += [f"### {path.stem}", "", *render(json.loads(path.read_text()))]
+        run = json.loads(path.read_text())
+        lines += [f"### {path.stem}", "", *(render_layers(run) if "rows" in run else render(run))]
     page = PAGE.read_text()
     head, rest = page.split(BEGIN)
     tail = rest.split(END)[1]
