@@ -243,7 +243,9 @@ def _grow(
 
     _add_router(root, members)
     _add_operands(members)
-    return Region(graph, [n for n in graph.nodes if n in members], root, anchors[0])
+    # The ids may be an input of the graph.
+    nodes = [n for n in graph.nodes if n in members and n.op != "placeholder"]
+    return Region(graph, nodes, root, anchors[0])
 
 
 class _Reach:
