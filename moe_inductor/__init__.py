@@ -9,7 +9,10 @@ torch's own import.  Everything that needs torch is therefore resolved on first 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe_inductor.debug.explain import explain
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "explain"]

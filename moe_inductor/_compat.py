@@ -45,7 +45,7 @@ try:
 except ImportError:
     from torch._dynamo.exc import RestartAnalysis as StockRestart
 
-# --- operators, fake tensors, symbolic shapes, tracing (region/, match/, prove/) ----------------------------------------------------
+# --- operators, fake tensors, symbolic shapes, tracing (region/, match/, prove/) -----------------------------------
 from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode

@@ -14,6 +14,11 @@ import torch
 from .pointer_table import pointer_table
 
 
+def _three(sizes: Sequence[int]) -> tuple[int, int, int]:
+    expert, outer, inner = sizes
+    return expert, outer, inner
+
+
 @dataclasses.dataclass(frozen=True)
 class Projection:
     """storage: the ``[E, out, in]`` weight itself, or the int64 table of per-expert addresses.
@@ -35,21 +40,24 @@ class Projection:
     @staticmethod
     def of(tensors: Sequence[torch.Tensor]) -> Projection:
         first = tensors[0]
+        strides = first.stride()
         if first.dim() == 3:
             return Projection(
-                first, False, *first.shape, *first.stride(), alignment=16, dtype=first.dtype
+                first,
+                False,
+                *_three(first.shape),
+                *_three(strides),
+                alignment=16,
+                dtype=first.dtype,
             )
-        strides = first.stride()
         if any(tensor.stride() != strides for tensor in tensors):
             raise ValueError("the weights of one projection differ in strides between experts")
         aligned = all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
         return Projection(
             pointer_table(tensors),
             True,
-            len(tensors),
-            *first.shape,
-            0,
-            *strides,
+            *_three((len(tensors), *first.shape)),
+            *_three((0, *strides)),
             alignment=16 if aligned else first.element_size(),
             dtype=first.dtype,
         )

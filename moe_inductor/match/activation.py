@@ -9,7 +9,7 @@ from torch import fx
 
 from moe_inductor.description import Activation
 from moe_inductor.reasons import Code, Refusal
-from moe_inductor.region.nodes import location, name_of, value
+from moe_inductor.region.nodes import location, name_of, node_arg, value
 
 aten = torch.ops.aten
 
@@ -32,26 +32,25 @@ class GatedUnit:
 
 def read_activation(hidden: fx.Node) -> GatedUnit:
     """``hidden [rows, I]`` -> GatedUnit.  Raises Refusal (ACTIVATION, GATE_ORDER, LAYOUT)."""
-    if hidden.target is not aten.mul.Tensor or len(hidden.all_input_nodes) != 2:
+    operands = hidden.all_input_nodes
+    if hidden.target is not aten.mul.Tensor or len(operands) != 2:
         raise Refusal(
             Code.ACTIVATION,
             f"`{name_of(hidden)}` stands where `act(gate) * up` is expected",
             location(hidden),
         )
-    activated = [n for n in hidden.args if n.target in ACTIVATIONS]  # type: ignore[union-attr]
-    if len(activated) != 1:
-        names = " * ".join(name_of(n) for n in hidden.args)  # type: ignore[arg-type]
+    found = [n for n in operands if n.target in ACTIVATIONS]
+    if len(found) != 1:
+        names = " * ".join(name_of(n) for n in operands)
         known = ", ".join(ACTIVATIONS.values())
         raise Refusal(
             Code.ACTIVATION,
             f"activation `{names}` is not one of: {known}",
             location(hidden),
         )
-    (activated,) = activated
-    (up,) = (n for n in hidden.args if n is not activated)
-    gate = activated.args[0]
-    assert isinstance(gate, fx.Node)
-    assert isinstance(up, fx.Node)
+    (activated,) = found
+    (up,) = (n for n in operands if n is not activated)
+    gate = node_arg(activated, 0)
     activation = ACTIVATIONS[activated.target]
     if not (_is_slice(gate) or _is_slice(up)):
         return GatedUnit(activation, gate, up, is_concatenated=False)
@@ -73,8 +72,7 @@ def _halves(activation: Activation, gate: fx.Node, up: fx.Node) -> GatedUnit:
             )
     if gate.args[0] is not up.args[0]:
         raise Refusal(Code.LAYOUT, "gate and up are not halves of one projection", location(gate))
-    source = gate.args[0]
-    assert isinstance(source, fx.Node)
+    source = node_arg(gate, 0)
     width = value(source).shape[-1]
     last = value(source).dim() - 1
     first_half, second_half = (last, 0, width // 2), (last, width // 2, width)

@@ -17,7 +17,7 @@ from moe_inductor._compat import Match, bound_nodes
 from moe_inductor.match.activation import GatedUnit
 from moe_inductor.match.bind import Weight
 from moe_inductor.reasons import Code, Refusal
-from moe_inductor.region.nodes import location, value
+from moe_inductor.region.nodes import location, node_arg, value
 
 aten = torch.ops.aten
 
@@ -155,7 +155,7 @@ def _weight(
     """One projection of all iterations: rows of one stack selected by the expert's own id, or E tensors."""
     selected = [s.target is aten.select.int and s.args[1] == 0 for s in sources]
     if all(selected):
-        stacks = {s.args[0] for s in sources}
+        stacks = {node_arg(s, 0) for s in sources}
         if len(stacks) > 1:
             raise Refusal(
                 Code.LAYOUT, "experts come from several stacks", location(chain[0].output)

@@ -113,12 +113,12 @@ def _experts_pieces(
 
     with _fakes() as fake_mode:
         with fake_mode:
-            like = {"device": shapes.device}
+            device = shapes.device
             args = [
-                torch.empty(T, H, dtype=shapes.x_dtype, **like),
-                torch.empty(T, k, dtype=torch.int64, **like),
-                torch.empty(T, k, dtype=shapes.weights_dtype, **like),
-                *(torch.empty(*stack, *m, dtype=shapes.x_dtype, **like) for m in matrices),
+                torch.empty(T, H, dtype=shapes.x_dtype, device=device),
+                torch.empty(T, k, dtype=torch.int64, device=device),
+                torch.empty(T, k, dtype=shapes.weights_dtype, device=device),
+                *(torch.empty(*stack, *m, dtype=shapes.x_dtype, device=device) for m in matrices),
             ]
         graph, _ = normalise(trace(run, args, fake_mode).graph)
     names = ["x", "topk_ids", "topk_weights", "gate_up", "down"]

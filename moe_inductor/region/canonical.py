@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx import traceback as fx_traceback
 
 from moe_inductor._compat import (
     FakeTensor,
@@ -105,8 +106,9 @@ def trace(
         if fake_mode.shape_env is not None:
             # Symbols made by running nonzero() again belong to nobody.
             stack.enter_context(fake_mode.shape_env.ignore_fresh_unbacked_symbols())
-            stack.enter_context(enable_python_dispatcher())  # symbolic sizes need the Python kernels
-        stack.enter_context(fx.traceback.preserve_node_meta())
+            # Symbolic sizes need the Python kernels.
+            stack.enter_context(enable_python_dispatcher())
+        stack.enter_context(fx_traceback.preserve_node_meta())
         args = [_fresh(v) for v in values]
         gm = make_fx(
             dispatch_functionalize(fn, FunctionalTensorMode()),
@@ -129,7 +131,7 @@ class _Runner(fx.Interpreter):
         self.env = dict(zip(self.region.inputs, args, strict=True))
         for node in self.region.nodes:
             self.current = node
-            with fx.traceback.set_current_meta(node):  # ATen nodes inherit the model's source line
+            with fx_traceback.set_current_meta(node):  # ATen nodes inherit the model's source line
                 self.env[node] = self.run_node(node)
         self.current = None
         return tuple(self.env[n] for n in self.wanted)

@@ -31,6 +31,13 @@ def value(node: fx.Node) -> Any:
     return None
 
 
+def node_arg(node: fx.Node, position: int) -> fx.Node:
+    """A positional argument that is known to be a node."""
+    found = node.args[position]
+    assert isinstance(found, fx.Node)
+    return found
+
+
 def tensors(node: fx.Node) -> Iterator[torch.Tensor]:
     """All tensors in the value of ``node`` (``topk`` and ``chunk`` return several)."""
     found = value(node)

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from moe_inductor._compat import FakeTensor, OpOverload
-from moe_inductor.region.nodes import is_integral, unbacked, value
+from moe_inductor.region.nodes import is_integral, node_arg, unbacked, value
 
 aten = torch.ops.aten
 
@@ -132,7 +132,7 @@ class Emitter:
     def view(self, base: fx.Node, val: Any, origin: str | None) -> fx.Node:
         """view(view(x, a), b) = view(x, b);  view(x, shape of x) = x"""
         if base.target is aten.view.default:
-            base = base.args[0]  # type: ignore[assignment]
+            base = node_arg(base, 0)
         if self.same_shape(value(base), val):
             return base
         return self.emit(aten.view.default, (base, self.sizes(val)), {}, val, origin)
@@ -284,11 +284,10 @@ def _fill(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 @rule(aten.slice.Tensor)
 def _slice(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     """slice(x, d, a, b): bounds inside the dimension, never negative; a step other than 1 stays as written"""
-    if len(args) > 4 and args[4] != 1:
+    if any(step != 1 for step in args[4:]):
         return None
-    dim, start, end = (
-        (*args[1:4], *(0, None, None)[len(args) - 1 :])[:3] if len(args) < 4 else args[1:4]
-    )
+    given = list(args[1:4])
+    dim, start, end = given + [0, None, None][len(given) :]
     size = value(args[0]).shape[dim]
     start = 0 if start is None else start
     if isinstance(size, int):
@@ -311,12 +310,12 @@ def _part(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     rest = list(pack.args[1:])
     if pack.target is aten.unbind.int:
         dim = rest[0] if rest else 0
-        base = pack.args[0]
+        base = node_arg(pack, 0)
         return out.emit(
             aten.select.int, (base, dim % value(base).dim(), position), {}, made, origin
         )
     if pack.target in (aten.split.Tensor, aten.split_with_sizes.default):
-        base = pack.args[0]
+        base = node_arg(pack, 0)
         dim = (rest[1] if len(rest) > 1 else 0) % value(base).dim()
         lengths = [v.shape[dim] for v in value(pack)]
         if all(isinstance(n, int) for n in lengths):
@@ -361,7 +360,7 @@ def _index(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 @rule(*_COMMUTATIVE)
 def _commute(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     """a * b = b * a, a + b = b + a: the operand that has the result's shape comes first, then an activation"""
-    if kwargs or len(args) > 2:
+    if kwargs or len(args) != 2:
         return None
     if not all(isinstance(a, fx.Node) and isinstance(value(a), torch.Tensor) for a in args):
         return None
