@@ -151,11 +151,10 @@ def test_eager_experts_run_as_stock():
     ours, eager = infer(compiled, ids), infer(model, ids)
     for name, expected in eager.items():
         torch.testing.assert_close(ours[name], expected, rtol=0.0, atol=0.0)
-    assert not any(block.fused for block in compiled.blocks)
-    for report in compiled.reports:
-        assert str(report)
-        for block in report.refused:
-            assert "modeling_mixtral.py" in block.why_not()
+    # Stock capture cuts the loop into graphs that hold nothing MoE-like, so there is no line and no reason yet.
+    assert not compiled.blocks
+    assert compiled.reports
+    assert all("nothing MoE-like" in str(report) for report in compiled.reports)
 
 
 def test_inductor_by_name():
