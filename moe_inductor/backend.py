@@ -119,8 +119,10 @@ class MoEInductor:
                 gm.graph.lint()
                 gm.recompile()
         except Exception as error:
-            if _compat.passes_through(error) or options.strict or _raise_internal_errors():
+            if _compat.passes_through(error):
                 raise
+            if options.strict or _raise_internal_errors():
+                raise scope.final(error) from None  # not to be taken for a failed capture
             captured.restore()
             self._internal_error(error, report)
         report.stage_seconds["all stages"] = time.perf_counter() - start

@@ -82,7 +82,7 @@ class Grouped(_blocks.Block):
 
     def grouped_mm(self, rows, weight, offsets):
         if rows.dtype == torch.float64:  # torch has none; only the oracle computes in fp64
-            groups = torch.tensor_split(rows, offsets[:-1])
+            groups = torch.tensor_split(rows, offsets[:-1].long())
             return torch.cat([g @ w.T for g, w in zip(groups, weight, strict=True)])
         return torch._grouped_mm(rows, weight.transpose(-2, -1), offs=offsets)
 

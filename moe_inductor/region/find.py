@@ -117,11 +117,14 @@ def find_regions(graph: fx.Graph) -> list[Region]:
 
 
 def router_only(graph: fx.Graph) -> fx.Node | None:
-    """A top-k over a small last dimension in a graph without anchors: the router of an MoE whose experts were
-    left behind by a graph break.  Returns the node whose source line should be named."""
+    """What stock capture leaves of an MoE whose loop it could not take: ``one_hot(topk_ids [T, k])``, turned so that an
+    expert's row comes first, in a graph where nothing computes with it.  Returns the node to name the line of."""
     for node in graph.nodes:
-        if name_of(node) == "one_hot" or (
-            name_of(node) in ("nonzero", "where") and has_unbacked(node)
+        if (
+            name_of(node) == "one_hot"
+            and is_tensor(node)
+            and value(node).dim() == 3
+            and any(name_of(user) in ("permute", "transpose", "movedim") for user in node.users)
         ):
             return node
     return None

@@ -20,8 +20,8 @@ from moe_inductor.match.router import propose_routers
 from moe_inductor.prove.prove import prove_experts, prove_router
 from moe_inductor.reasons import Code, Reason, Refusal
 from moe_inductor.region.canonical import Canonical, canonicalise
-from moe_inductor.region.find import Region, find_regions, looks_like_moe
-from moe_inductor.region.nodes import value
+from moe_inductor.region.find import Region, find_regions, looks_like_moe, router_only
+from moe_inductor.region.nodes import location, value
 from moe_inductor.rewrite.replace import Rewriter
 from moe_inductor.rewrite.support import check_support
 
@@ -39,6 +39,9 @@ def fuse_moe_blocks(gm: fx.GraphModule, report: CompileReport, options: Options)
     """
     for module in [m for m in gm.modules() if isinstance(m, fx.GraphModule)]:
         if not looks_like_moe(module.graph):
+            router = router_only(module.graph)
+            if router is not None:
+                report.blocks.append(_router_only(router))
             continue
         with _timed(report, "region"):
             regions = find_regions(module.graph)
@@ -171,6 +174,12 @@ def _not_fused(region: Region, refused: list[Refusal], bound: Bound | None = Non
         moe=bound.moe if bound else None,
         nodes_before=len(region.nodes),
     )
+
+
+def _router_only(node: fx.Node) -> BlockReport:
+    words = "only the router was captured: the loop over the experts is not in the graph"
+    reason = Reason(Code.CONTROL_FLOW, words, location(node))
+    return BlockReport(spelling="", fused=False, reason=reason, location=reason.location)
 
 
 def _shapes(bound: Bound) -> dict[str, str]:

@@ -141,6 +141,8 @@ class Rewriter:
                 and node not in weights
                 and any(depends(a) for a in node.all_input_nodes)
             )
+            if node is bound.output:
+                break  # what follows is computed from the output, fused or not
         views = {
             torch.ops.aten.permute.default,
             torch.ops.aten.view.default,

@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.utils import counters
 
-from moe_inductor.backend import MoEInductor
 from moe_inductor.capture import scope
 from moe_inductor.debug.report import BlockReport, CompileReport
 from tests.oracle import assert_within_fp64_rule
+from tests.without_inductor import WithoutInductor
 
 SEEDS = 60
 
@@ -31,26 +30,6 @@ def require_transformers(major: int) -> None:
     if version.split(".")[0] != str(major):
         reason = f"written for transformers {major}.x, installed is {version}"
         pytest.skip(reason, allow_module_level=True)
-
-
-class WithoutInductor(MoEInductor):
-    """The backend as users get it, but ``inner`` instead of Inductor runs what comes out of the stages.
-
-    Quick, and any difference from eager is ours.  ``dry_run`` would not do: it runs the captured graph.
-    """
-
-    def __init__(self, inner: str = "eager") -> None:
-        super().__init__()
-        self.inner = lookup_backend(inner)
-        self.ops: list[str] = []
-
-    def _inductor(self, mode: Any, options: Any, name: Any) -> Callable[..., Any]:
-        return self._compile
-
-    def _compile(self, gm: torch.fx.GraphModule, inputs: Any, **kwargs: Any) -> Any:
-        graphs = [m.graph for m in gm.modules() if isinstance(m, torch.fx.GraphModule)]
-        self.ops += [str(n.target) for g in graphs for n in g.nodes if n.op == "call_function"]
-        return self.inner(gm, inputs)
 
 
 class Compiled:

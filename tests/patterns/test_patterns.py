@@ -93,6 +93,8 @@ def test_sample_is_fused_and_right(spelling, sample, dtype, training, dynamic, r
     (block,) = compiled.blocks
     assert block.fused, block.why_not()
     assert len(compiled.backend.reports) == 1, "one graph"
+    calls = [op for op in compiled.backend.ops if "moe_inductor.fused_experts" in op]
+    assert len(calls) == 1, "the fused op is in the graph that ran"
     if isinstance(spelling, ExpertsSpelling):
         assert block.spelling == spelling.name
     else:
