@@ -126,6 +126,13 @@ class OtherIds(Batched):
         ).indices
 
 
+class PartWithoutGradient(Batched):
+    def route(self, logits):
+        with torch.no_grad():
+            scores = F.softmax(logits, dim=-1, dtype=torch.float32)
+        return torch.topk(scores, TOP_K, dim=-1)
+
+
 class ValuesEscape(Batched):
     """The scores before renormalisation are returned too, so the model's own top-k has to stay."""
 
@@ -161,6 +168,7 @@ SOFTMAX_TOPK = RouterSpelling(
         NearMiss(name="renormalised_over_tokens", build=SumOfAll, code="ROUTER"),
         NearMiss(name="biased_choice", build=Biased, code="ROUTER"),
         NearMiss(name="ids_of_another_topk", build=OtherIds, code="ROUTER"),
+        NearMiss(name="scores_without_gradient", build=PartWithoutGradient, code="GRAD_STATE"),
         NearMiss(name="scores_escape", build=ValuesEscape, code="ROUTER"),
     ),
 )

@@ -36,7 +36,8 @@ from moe_inductor.region.normalise import normalise
 class Canonical:
     """module, graph: the normal form, one placeholder per tensor input of the region; only read, never run.
     dynamo_of: for a normal-form node, the Dynamo nodes that hold its value once the region has run, inputs included.
-    fake_mode, device: where to trace references that are to be compared with ``graph``.
+    fake_mode: where to trace references that are to be compared with ``graph``.
+    grad_enabled: grad mode of the experts.  router_refusal: why the router must stay, when it runs under another.
     """
 
     region: Region
@@ -44,6 +45,7 @@ class Canonical:
     dynamo_of: dict[fx.Node, list[fx.Node]]
     fake_mode: FakeTensorMode
     grad_enabled: bool
+    router_refusal: Refusal | None
 
     @property
     def graph(self) -> fx.Graph:
@@ -63,7 +65,7 @@ class Canonical:
 
 def canonicalise(gm: fx.GraphModule, region: Region) -> Canonical:
     """Trace ``region``.  Raises Refusal (MUTATION, GRAD_STATE, AUTOCAST, CANONICALISE)."""
-    grad_enabled = _one_state(region)
+    grad_enabled, router_refusal = _one_state(region)
     _no_foreign_mutation(region)
     fake_mode = _fake_mode(region)
     wanted = [n for n in region.nodes if _trackable(n)]
@@ -89,7 +91,8 @@ def canonicalise(gm: fx.GraphModule, region: Region) -> Canonical:
         new = env.get(raw)
         if isinstance(new, fx.Node):
             dynamo_of.setdefault(new, []).append(dynamo)
-    return Canonical(region, fx.GraphModule(traced, graph), dynamo_of, fake_mode, grad_enabled)
+    module = fx.GraphModule(traced, graph)
+    return Canonical(region, module, dynamo_of, fake_mode, grad_enabled, router_refusal)
 
 
 def trace(
@@ -185,8 +188,9 @@ def _fake_mode(region: Region) -> FakeTensorMode:
     raise Refusal(Code.CANONICALISE, "the region has no tensor inputs", region.location)
 
 
-def _one_state(region: Region) -> bool:
-    """All floating-point work of a region runs under one grad mode and outside autocast; returns the grad mode.
+def _one_state(region: Region) -> tuple[bool, Refusal | None]:
+    """The experts run under one grad mode and outside autocast; returns that mode, and a refusal of the router if
+    it runs under another.
 
     A value computed under ``torch.no_grad()`` inside a block that trains has no gradient; a fused one would have it.
     """
@@ -194,9 +198,13 @@ def _one_state(region: Region) -> bool:
     grad = torch.is_grad_enabled()
     autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
     depth: list[bool] = []
-    states: dict[bool, fx.Node] = {}
+    router: dict[bool, fx.Node] = {}
+    experts: dict[bool, fx.Node] = {}
+    states = router
     for node in region.graph.nodes:
         name = name_of(node)
+        if node is region.root:
+            states = experts
         if name == "_set_grad_enabled":
             grad = bool(node.args[0])
         elif name == "_enter_autocast":
@@ -207,9 +215,13 @@ def _one_state(region: Region) -> bool:
             if depth[-1] if depth else autocast:
                 raise Refusal(Code.AUTOCAST, "", location(node))
             states.setdefault(grad, node)
-    if len(states) > 1:
-        raise Refusal(Code.GRAD_STATE, "", location(states[False]))
-    return next(iter(states), True)
+    if len(experts) > 1:
+        raise Refusal(Code.GRAD_STATE, "", location(experts[False]))
+    mode = next(iter(experts), True)
+    if (mode in router and len(router) == 1) or not router:
+        return mode, None
+    other = router.get(not mode, region.root)
+    return mode, Refusal(Code.GRAD_STATE, "the router mixes grad modes", location(other))
 
 
 def _no_foreign_mutation(region: Region) -> None:

@@ -74,8 +74,7 @@ _ROUTER_LIMIT = 64
 class Region:
     """One candidate block.
 
-    nodes: members in graph order.  inputs: nodes outside that members read.  outputs: members that are read
-    outside, or that nobody reads (the graph's outputs count as readers).
+    nodes: members in graph order.  inputs: nodes outside that members read.
     root: what chose the experts.  anchor: the first node that made us look.
     """
 
@@ -85,14 +84,15 @@ class Region:
     anchor: fx.Node
 
     def __post_init__(self) -> None:
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look again at the graph: an earlier region's rewrite may have erased shared nodes or changed inputs."""
+        alive = set(self.graph.nodes)
+        self.nodes = [n for n in self.nodes if n in alive]
         members = set(self.nodes)
-        seen: dict[fx.Node, None] = {}
-        for node in self.nodes:
-            for arg in node.all_input_nodes:
-                if arg not in members:
-                    seen.setdefault(arg)
-        self.inputs = list(seen)
-        self.outputs = [n for n in self.nodes if any(u not in members for u in n.users)]
+        read = [a for n in self.nodes for a in n.all_input_nodes if a not in members]
+        self.inputs = list(dict.fromkeys(read))
 
     @property
     def location(self) -> str:

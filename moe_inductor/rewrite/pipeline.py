@@ -54,6 +54,7 @@ def fuse_moe_blocks(gm: fx.GraphModule, report: CompileReport, options: Options)
 def _fuse_region(
     gm: fx.GraphModule, region: Region, report: CompileReport, options: Options
 ) -> None:
+    region.refresh()
     before = len(region.nodes)
     try:
         with _timed(report, "canonical"):
@@ -118,6 +119,8 @@ def _fuse_router(
     """Fuse the router as well; the block's description, and the reason why the router stayed or None."""
     if not options.fuse_router:
         return bound.moe, Reason(Code.ROUTER, "switched off by moe_inductor.fuse_router")
+    if canonical.router_refusal is not None:
+        return bound.moe, canonical.router_refusal.reason
     refused: list[Refusal] = []
     try:
         with _timed(report, "match"):

@@ -195,8 +195,12 @@ class Rewriter:
         root = self.canonical.region.root
         if root in keep:
             raise Refusal(Code.ROUTER, "the top-k is also read in another form", location(root))
-        first = next(n for n in self.graph.nodes if n.op != "placeholder")
-        before = logits.next if logits.op != "placeholder" else first
+        # Where the model's own router starts, so that grad mode is the one that the router runs under.
+        before = next(
+            n
+            for n in self.canonical.region.nodes
+            if is_floating(n) and self.order[n] > self.order[logits]
+        )
         with self.graph.inserting_before(before):
             matrix = self._matrix(logits, bound.moe.experts.num_experts)
             call = self.graph.call_function(
