@@ -64,6 +64,20 @@ class ClampedIds(Batched):
         return super().experts(x, topk_ids.reshape(-1).clamp(0, NUM_EXPERTS - 1), topk_weights)
 
 
+class CountsTokens(Batched):
+    """A load-balancing counter that the block keeps up to date (torchtitan, DeepSeek's bias update)."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("load", torch.zeros(NUM_EXPERTS))
+
+    def experts(self, x, topk_ids, topk_weights):
+        with torch.no_grad():
+            self.load.add_(torch.nn.functional.one_hot(topk_ids, NUM_EXPERTS).sum((0, 1)))
+        y = super().experts(x, topk_ids, topk_weights)
+        return y + 0 * self.load.sum()
+
+
 class WrongClamp(Batched):
     """The last expert is never used."""
 
@@ -137,6 +151,7 @@ BATCHED_MM = ExpertsSpelling(
         Sample(name="repeat", build=Batched),
         Sample(name="gather", build=Gathered),
         Sample(name="clamp", build=ClampedIds),
+        Sample(name="counts_tokens", build=CountsTokens),
     ),
     near_misses=(
         NearMiss(name="gelu_for_silu", build=GeluBatched, code="ACTIVATION"),

@@ -273,6 +273,10 @@ class _Reach:
             return True
         if not any(map(self._inside, inputs)) or name_of(node) in _GEMMS:
             return False
+        if not all(self._inside(target) or _is_fresh(target) for target in mutated(node)):
+            return (
+                False  # a counter that the model keeps: it stays where it is and reads the region
+            )
         if name_of(node) in _GATHERS:
             return self._inside(inputs[0]) or all(map(self._inside, inputs[1:]))
         return all(
@@ -295,9 +299,18 @@ def chosen_count(root: fx.Node) -> str:
 
 def _is_source(node: fx.Node) -> bool:
     """A graph input, a constant, a fresh tensor, or a view of one."""
+    return _is_fresh(node) or _viewed(node).op in ("placeholder", "get_attr")
+
+
+def _is_fresh(node: fx.Node) -> bool:
+    """A tensor that is made in the graph, or a view of one."""
+    return name_of(_viewed(node)) in _CONSTRUCTORS
+
+
+def _viewed(node: fx.Node) -> fx.Node:
     while node.op.startswith("call") and name_of(node) in _VIEWS and node.all_input_nodes:
         node = node.all_input_nodes[0]
-    return node.op in ("placeholder", "get_attr") or name_of(node) in _CONSTRUCTORS
+    return node
 
 
 def _is_splittable(node: fx.Node) -> bool:
