@@ -6,8 +6,8 @@ How ``fused_experts`` spends its time was measured (2 cores of an AMD EPYC with 
   in fp32 inside.  Spelt as gather, multiply, sum it costs 40 times as much at 512 tokens.
 * The gate/up activations live in a scratch buffer that is reused from one block of experts to the next, so
   they stay in cache and the allocator does not touch fresh pages.
-* fp32 matrix products of 2 to 4 rows are up to 3.5 times faster as ``W @ x^T``, and large fp32 weights are
-  1.1 to 1.5 times faster through oneDNN than through the BLAS behind ``torch.mm``.
+* fp32 matrix products of 2 to 4 rows are up to 3.5 times faster as ``W @ x^T``, and fp32 weights of 2^16
+  elements and more are 1.1 to 1.5 times faster through oneDNN than through the BLAS behind ``torch.mm``.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from moe_inductor.ops.check import (
 _FEW_SLOTS = 128
 # From this many experts on, the loop over them is left to torch where it has one: for stacked bf16 weights.
 _MANY_EXPERTS = 16
-# Elements of gate/up activations per block of experts: 1 MB in fp32, about one core's L2 cache.
-_BLOCK_ELEMENTS = 1 << 18
+# Elements of gate/up activations per block of experts: 4 MB in fp32, two cores' L2 and a share of L3.
+_BLOCK_ELEMENTS = 1 << 20
 # From this many elements of one expert's weight on, oneDNN beats BLAS in fp32; below, its call costs more.
-_ONEDNN_ELEMENTS = 1 << 19
+_ONEDNN_ELEMENTS = 1 << 16
 
 # One expert's share of the sorted rows: (expert, first row, end row).
 _Group = tuple[int, int, int]
