@@ -149,8 +149,8 @@ def render_layers(run: dict[str, Any]) -> list[str]:
         f"{run['gpu']}, torch {run['torch']}, Triton {run['triton']}, transformers {run['transformers']},"
         f" bfloat16, {run['date']}. `{run['command'].split(' --out')[0]}`",
         "",
-        "Unmodified blocks of transformers through `torch.compile`, us per call on the stream, Python included; without"
-        " CUDA graphs (mode default) small T is launch time and varies with the host.",
+        "Unmodified blocks of transformers through `torch.compile`, us per call on the stream, Python included, best of"
+        " interleaved rounds; without CUDA graphs (mode default) small T is launch time and varies with the host.",
         f"Outside the accuracy rule: {', '.join(rejected) or 'none'}.",
         "",
         *layers_table(run["rows"]),
