@@ -304,7 +304,7 @@ EXPERT_LOOP = ExpertsSpelling(
         NearMiss(name="starts_from_x", build=StartsFromX, code="ACCUMULATOR"),
         NearMiss(name="starts_from_ones", build=StartsFromOnes, code="ACCUMULATOR"),
         NearMiss(name="adds_a_constant", build=AddsBias, code="ACCUMULATOR"),
-        NearMiss(name="index_add_alpha", build=AddsTwice, code="PROOF"),
+        NearMiss(name="index_add_alpha", build=AddsTwice, code="SPELLING"),
         NearMiss(name="no_grad_inside", build=NoGradExpert, code="GRAD_STATE"),
         NearMiss(name="detached", build=Detached, code="SPELLING"),
         NearMiss(name="input_changed_in_loop", build=ChangesInput, code="MUTATION"),

@@ -411,6 +411,9 @@ def _uniform(node: fx.Node, env: Callable[[fx.Node], Any]) -> tuple[tuple, dict]
             and _plainly_equal(named[argument.name], argument.default_value)
         ):
             del named[argument.name]
+    for scale in ("alpha", "beta"):
+        if scale in named:  # by position: torch's matcher overlooks a further keyword before 2.15
+            spelled.append(named.pop(scale))
     for noise in ("pin_memory", "layout", "memory_format", "non_blocking"):
         named.pop(noise, None)
     return tuple(spelled), named
