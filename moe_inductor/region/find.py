@@ -63,9 +63,6 @@ _CONSTRUCTORS = frozenset(
         "new_full", "ones", "ones_like", "new_ones",
     }
 )  # fmt: skip
-_SELECTORS = frozenset(
-    {"topk", "argmax", "max", "sort", "argsort", "multinomial", "where", "nonzero"}
-)
 # A router between its logits and its top-k has a handful of nodes; a longer walk left the router.
 _ROUTER_LIMIT = 64
 
