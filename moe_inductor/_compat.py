@@ -32,11 +32,17 @@ from torch._dynamo.symbolic_convert import (
     InstructionTranslatorBase,
     TensorifyState,
 )
-from torch._dynamo.variables.base import VariableTracker
+from torch._dynamo.variables.base import ValueMutationNew, VariableTracker
 from torch._dynamo.variables.builtin import BuiltinVariable
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.iter import IteratorVariable
-from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
+from torch._dynamo.variables.lists import ListVariable
+from torch._dynamo.variables.misc import GetAttrVariable
+from torch._dynamo.variables.tensor import (
+    NumpyNdarrayVariable,
+    SymNodeVariable,
+    TensorVariable,
+)
 from torch._guards import TracingContext
 
 # The only restart that Dynamo lets a backend raise; on a torch without it capture/scope.py does not install.

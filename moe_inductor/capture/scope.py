@@ -233,6 +233,14 @@ def distrust(reason: Reason, locations: Collection[str]) -> NoReturn:
     raise _restart(attempt, next_level=attempt.level if new else Level.FLAGS)
 
 
+def refuse(reason: Reason, location: str) -> None:
+    """Nothing can be assumed at ``location``: this attempt goes on there as Dynamo does."""
+    attempt = _state.attempt
+    assert attempt is not None
+    _note(reason, attempt.frame)
+    attempt.frame.distrusted.add(location)
+
+
 def _wrap_trace_frame() -> bool:
     """Put the wrapper in place.  Called under the lock."""
     original: Any = getattr(_compat.dynamo_convert_frame, "trace_frame", None)
