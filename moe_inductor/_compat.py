@@ -27,6 +27,7 @@ from torch._dynamo import convert_frame as dynamo_convert_frame
 from torch._dynamo import exc as dynamo_exc
 from torch._dynamo.output_graph import SubgraphTracer
 from torch._dynamo.side_effects import SideEffects
+from torch._dynamo.utils import numpy_operator_wrapper
 from torch._dynamo.symbolic_convert import (
     InstructionTranslator,
     InstructionTranslatorBase,

@@ -118,13 +118,16 @@ class Bytecode:
         following = next(coming)
         if following.opname == "LOAD_METHOD" or (following.opname == "LOAD_ATTR" and following.arg & 1):
             return following.argval == "append"
+        before = [inst for inst in self.instructions[max(i - 3, 0) : i] if inst.opname != "PUSH_NULL"]
+        function, module = before[-1], before[-2]
+        if function.opname == "LOAD_GLOBAL" and function.argval == "len" and "len" not in namespace:
+            while following.opname in ("PRECALL", "CALL"):
+                following = next(coming)
         if following.opname == "TO_BOOL":
             following = next(coming)
         if following.opname.startswith("POP_JUMP"):
             return following.opname.endswith(("IF_TRUE", "IF_FALSE"))
         # torch.cat(pieces), torch.cat(pieces, 0), torch.cat(pieces, dim=0)
-        before = [inst for inst in self.instructions[max(i - 3, 0) : i] if inst.opname != "PUSH_NULL"]
-        function, module = before[-1], before[-2]
         if (
             function.opname not in ("LOAD_METHOD", "LOAD_ATTR")
             or function.argval not in ("cat", "concat", "concatenate")

@@ -19,6 +19,7 @@ from moe_inductor import _compat
 _COMPARE: dict[Any, Callable[[Any, Any], Any]] = {
     **{getattr(operator, name): getattr(operator, name) for name in ("eq", "ne", "gt", "ge", "lt", "le")},
     **{name: getattr(operator, name) for name in ("eq", "ne", "gt", "ge", "lt", "le")},
+    **{f"__{name}__": getattr(operator, name) for name in ("eq", "ne", "gt", "ge", "lt", "le")},
     **{getattr(torch, name): getattr(operator, name) for name in ("eq", "ne", "gt", "ge", "lt", "le")},
 }
 _NOT = {operator.invert, operator.not_, torch.logical_not, "logical_not"}
@@ -59,12 +60,15 @@ def of_tensor(node: torch.fx.Node) -> bool | None:
     value = _zero_dimensional(node)
     if value is None:
         return None
-    if node.target in _SOME:
+    target = node.target
+    if isinstance(target, _compat.numpy_operator_wrapper):
+        target = target.op
+    if target in _SOME:
         return True
-    if node.target in _NOT and value.dtype == torch.bool:
+    if target in _NOT and value.dtype == torch.bool:
         inner = of_tensor(node.args[0]) if isinstance(node.args[0], torch.fx.Node) else None
         return None if inner is None else not inner
-    compare = _COMPARE.get(node.target)
+    compare = _COMPARE.get(target)
     if compare is not None:
         return _of_comparison(compare, *node.args) if len(node.args) == 2 else None
     return True if value.dtype != torch.bool else None

@@ -268,7 +268,7 @@ def _check_allowed(code: Bytecode, body: set[int]) -> None:
 
 def _node_of(value: Any) -> torch.fx.Node | int | None:
     """The node of a tensor, or a number that may become one."""
-    if type(value) is _compat.TensorVariable:
+    if type(value) in (_compat.TensorVariable, _compat.NumpyNdarrayVariable):
         return value.as_proxy().node
     return value.value if _is_int(value) else None
 

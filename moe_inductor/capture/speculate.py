@@ -115,7 +115,7 @@ def give_up(why: str, location: str = "") -> NoReturn:
 def hook() -> None:
     """Put the hooks in place; once, and before anything is speculated."""
     _hook(_compat.TensorVariable, "unpack_var_sequence", _unpack)
-    _hook(_compat.TensorVariable, "method_tolist", _tolist)
+    _hook(_compat.TensorVariable, "call_method", _call_method)
     _hook(_compat.SideEffects, "check_allowed_side_effect", _check_mutation)
     _hook(_compat.InstructionTranslatorBase, "step", _step)
     _hook(_compat.SubgraphTracer, "remove_node", _remove)
@@ -166,6 +166,9 @@ def _step(original: Any, attempt: scope.Attempt, tx: Any) -> Any:
             _answer_test(attempt, tx, instruction)
         elif instruction.opname == "GET_ITER" and type(tx.stack[-1]) is Hits:
             _iterate(attempt, tx, instruction)
+        elif instruction.opname == "CALL" and type(tx.stack[-1]) is _compat.ListVariable:
+            if instruction.arg == 1 and any(_function_of(f) is len for f in tx.stack[-3:-1]):
+                _note_length_of_pieces(attempt, tx.stack[-1], _location(tx, instruction))
     return original(tx)
 
 
@@ -204,15 +207,20 @@ def _answer_test(attempt: scope.Attempt, tx: Any, jump: Any) -> None:
             attempt.assumptions.append(Tested(node, answer, location, region.passes))
             tx.stack[-1] = _compat.ConstantVariable.create(answer)
     elif type(value) is _compat.ListVariable:
-        held = [item.as_proxy().node for item in value.items if item.is_tensor()]
-        passes = [
-            each
-            for assumption in attempt.assumptions
-            for each in getattr(assumption, "passes", ())
-            if any(node in held for node in each.appended)
-        ]
-        if passes:
-            attempt.assumptions.append(Kept(passes, location))
+        _note_length_of_pieces(attempt, value, location)
+
+
+def _note_length_of_pieces(attempt: scope.Attempt, pieces: Any, location: str) -> None:
+    """``if pieces``, ``if len(pieces)``: Dynamo answers for the list with all of the pieces."""
+    held = [item.as_proxy().node for item in pieces.items if item.is_tensor()]
+    passes = [
+        each
+        for assumption in attempt.assumptions
+        for each in getattr(assumption, "passes", ())
+        if any(node in held for node in each.appended)
+    ]
+    if passes:
+        attempt.assumptions.append(Kept(passes, location))
 
 
 def _iterate(attempt: scope.Attempt, tx: Any, start: Any) -> None:
@@ -251,7 +259,7 @@ def _unpack(
     """``for e in rows``."""
     node = rows.proxy.node
     value, location = node.meta.get("example_value"), _location(tx)
-    if _settle_length(attempt, tx, rows, location):
+    if _settle_length(attempt, rows, location):
         return original(rows, tx, *args, **kw)
     bound = _row_bound(node)
     start = tx.current_instruction
@@ -269,18 +277,20 @@ def _unpack(
     return [ExpertIndex(i, value.dim() - 1) for i in range(bound)]
 
 
-def _tolist(original: Any, attempt: scope.Attempt, rows: Any, tx: Any) -> Any:
+def _call_method(
+    original: Any, attempt: scope.Attempt, rows: Any, tx: Any, name: str, *args: Any, **kw: Any
+) -> Any:
     """``rows.tolist()``."""
-    node = rows.proxy.node
-    location = _location(tx)
-    if not _settle_length(attempt, tx, rows, location):
-        bound = _row_bound(node)
-        if bound is not None and location not in attempt.frame.distrusted:
-            return Hits(node, bound, node.meta["example_value"].dim() - 1)
-    return original(rows, tx)
+    if name == "tolist" and type(rows) is _compat.TensorVariable:
+        node, location = rows.proxy.node, _location(tx)
+        if not _settle_length(attempt, rows, location):
+            bound = _row_bound(node)
+            if bound is not None and location not in attempt.frame.distrusted:
+                return Hits(node, bound, node.meta["example_value"].dim() - 1)
+    return original(rows, tx, name, *args, **kw)
 
 
-def _settle_length(attempt: scope.Attempt, tx: Any, rows: Any, location: str) -> bool:
+def _settle_length(attempt: scope.Attempt, rows: Any, location: str) -> bool:
     """The counts of ``bincount`` are as many as the model said they are at least."""
     node = rows.proxy.node
     length = emptiness.minimal_length(node)
@@ -374,11 +384,15 @@ def _builtin_being_called() -> Any:
             return owner.fn
         if frame.f_code.co_name == "call_function" and isinstance(owner, _compat.VariableTracker):
             # torch >= 2.15 has other trackers for builtins that it evaluates on constants.
-            return getattr(owner, "fn", getattr(owner, "value", None))
+            return _function_of(owner)
         frame = frame.f_back
         if frame is None:
             return None
     return None
+
+
+def _function_of(tracker: Any) -> Any:
+    return getattr(tracker, "fn", getattr(tracker, "value", None))
 
 
 def _innermost() -> Any:

@@ -447,6 +447,7 @@ CHOSEN = {
     unique_ids: (Visited,),
     unique_list: (Visited,),
     deepseek_v2: (*(Tested,) * E, Kept),
+    deepseek_numpy: (*(Tested,) * E, Kept),
     bincount_list: (Length, *(NonEmpty,) * E),
     bincount_cpu: (Length, *(Tested,) * E),
     one_hot_list: (NonEmpty,) * E,
