@@ -35,10 +35,11 @@ class Visited:
     """``for e in rows`` was traced for ``e = 0 .. bound - 1`` instead of for the values of ``rows``.
 
     Right only if ``rows`` holds distinct values out of those, in ascending order, and a pass whose
-    value is not in ``rows`` changes nothing.  ``passes[e]`` is the pass for ``e``.
+    value is not in ``rows`` changes nothing.  ``passes[e]`` is the pass for ``e``.  ``marker`` keeps
+    ``rows`` in the graph (``capture.marker``).
     """
 
-    rows: torch.fx.Node
+    marker: torch.fx.Node
     bound: int
     location: str
     passes: list[Pass] = dataclasses.field(default_factory=list)
@@ -64,10 +65,10 @@ class Tested:
 
     ``value`` is the node that Python would have asked for its truth: ``mask.any()``, ``count == 0``,
     ``count``, where ``count`` is a 0-d integer tensor.  Right only if, wherever ``bool(value)`` is
-    not ``truth``, the one pass changes nothing.
+    not ``truth``, the one pass changes nothing.  ``marker`` keeps ``value`` in the graph.
     """
 
-    value: torch.fx.Node
+    marker: torch.fx.Node
     truth: bool
     location: str
     passes: list[Pass] = dataclasses.field(default_factory=list)
@@ -90,12 +91,18 @@ class Length:
     """The data-dependent length of ``rows``, the result of ``bincount``, was taken to be ``length``.
 
     The graph goes on with that number wherever the model reads the length.  Right only if
-    every counted value is below ``length``, which is the ``minlength`` of the call.
+    every counted value is below ``length``, which is the ``minlength`` of the call.  ``marker`` keeps
+    ``rows`` in the graph, and is the only node of the one pass: all that is traced later depends on
+    the length.
     """
 
-    rows: torch.fx.Node
+    marker: torch.fx.Node
     length: int
     location: str
+
+    @property
+    def passes(self) -> list[Pass]:
+        return [Pass(nodes=[self.marker])]
 
 
 Assumption = Visited | NonEmpty | Tested | Kept | Length

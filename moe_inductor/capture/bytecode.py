@@ -87,7 +87,9 @@ class Bytecode:
         names = {name for written in self.written for name in written}
         while True:
             wrong = {
-                name for name in names if not all(self._is_number_use(i, names) for i in self._loads(name))
+                name
+                for name in names
+                if not all(self._is_number_use(i, names) for i in self._loads(name))
             }
             if not wrong:
                 return frozenset(names)
@@ -108,7 +110,9 @@ class Bytecode:
     def _is_empty_list(self, i: int) -> bool:
         made = self.instructions[i - 1]
         return (
-            self.instructions[i].opname == "STORE_FAST" and made.opname == "BUILD_LIST" and made.arg == 0
+            self.instructions[i].opname == "STORE_FAST"
+            and made.opname == "BUILD_LIST"
+            and made.arg == 0
         )
 
     def _is_list_use(self, i: int, namespace: dict[str, Any]) -> bool:
@@ -116,9 +120,13 @@ class Bytecode:
             return False
         coming = self._following(i)
         following = next(coming)
-        if following.opname == "LOAD_METHOD" or (following.opname == "LOAD_ATTR" and following.arg & 1):
+        if following.opname == "LOAD_METHOD" or (
+            following.opname == "LOAD_ATTR" and following.arg & 1
+        ):
             return following.argval == "append"
-        before = [inst for inst in self.instructions[max(i - 3, 0) : i] if inst.opname != "PUSH_NULL"]
+        before = [
+            inst for inst in self.instructions[max(i - 3, 0) : i] if inst.opname != "PUSH_NULL"
+        ]
         function, module = before[-1], before[-2]
         if function.opname == "LOAD_GLOBAL" and function.argval == "len" and "len" not in namespace:
             while following.opname in ("PRECALL", "CALL"):
@@ -184,9 +192,13 @@ class Bytecode:
         inst = self.instructions[i]
         if inst.opname == "RETURN_CONST":
             return "LOAD_CONST", inst.argval
-        if inst.opname in (*_LOAD_ONE, "LOAD_CONST", "LOAD_SMALL_INT") and i + 1 < len(self.instructions):
+        if inst.opname in (*_LOAD_ONE, "LOAD_CONST", "LOAD_SMALL_INT") and i + 1 < len(
+            self.instructions
+        ):
             kind = "LOAD_FAST" if inst.opname in _LOAD_ONE else "LOAD_CONST"
-            return (kind, inst.argval) if self.instructions[i + 1].opname == "RETURN_VALUE" else None
+            return (
+                (kind, inst.argval) if self.instructions[i + 1].opname == "RETURN_VALUE" else None
+            )
         return None
 
     def _jumps(self, i: int) -> list[int]:
@@ -230,5 +242,3 @@ def locals_of(inst: Any) -> tuple[set[str], set[str]]:
     if opname.startswith(("STORE_FAST", "STORE_DEREF", "DELETE_FAST", "DELETE_DEREF")):
         return set(), set(names)
     return set(), set()
-
-

@@ -17,10 +17,16 @@ import torch
 from moe_inductor import _compat
 
 _COMPARE: dict[Any, Callable[[Any, Any], Any]] = {
-    **{getattr(operator, name): getattr(operator, name) for name in ("eq", "ne", "gt", "ge", "lt", "le")},
+    **{
+        getattr(operator, name): getattr(operator, name)
+        for name in ("eq", "ne", "gt", "ge", "lt", "le")
+    },
     **{name: getattr(operator, name) for name in ("eq", "ne", "gt", "ge", "lt", "le")},
     **{f"__{name}__": getattr(operator, name) for name in ("eq", "ne", "gt", "ge", "lt", "le")},
-    **{getattr(torch, name): getattr(operator, name) for name in ("eq", "ne", "gt", "ge", "lt", "le")},
+    **{
+        getattr(torch, name): getattr(operator, name)
+        for name in ("eq", "ne", "gt", "ge", "lt", "le")
+    },
 }
 _NOT = {operator.invert, operator.not_, torch.logical_not, "logical_not"}
 _SOME = {torch.any, "any"}

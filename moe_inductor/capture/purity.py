@@ -18,7 +18,7 @@ Everything that is not understood is ``Impure``.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -84,8 +84,8 @@ class Region:
         return not self.closed and id(self.tx.current_instruction) in self.body
 
     def note(self, node: torch.fx.Node) -> None:
-        """``node`` was just made, somewhere."""
-        if self.running():
+        """``node`` was just made, somewhere.  An input is no computation, wherever it is first read."""
+        if node.op.startswith("call") and self.running():
             self.passes[-1].nodes.append(node)
 
     def check_mutation(self, item: Any) -> None:

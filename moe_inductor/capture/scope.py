@@ -88,7 +88,9 @@ class _Frame:
     where: str
     tensorify_state: frozenset[str]
     level: Level
-    distrusted: set[str] = dataclasses.field(default_factory=set)  # where nothing is assumed any more
+    distrusted: set[str] = dataclasses.field(
+        default_factory=set
+    )  # where nothing is assumed any more
     given_up: Reason | None = None  # why the level went down, the first time
 
 
@@ -168,14 +170,16 @@ def changed_capture(gm: torch.fx.GraphModule) -> bool:
     return _flags_mattered(attempt, fake_mode.shape_env if fake_mode is not None else None)
 
 
-def decline(reason: Reason) -> None:
+def decline(reason: Reason | None) -> None:
     """What was captured is of no use: trace this frame again.  Called in the compile call.
 
-    If assumptions were made the next attempt makes none, otherwise it is stock.  Does not return
-    while ``active()``; otherwise there is nothing to undo, and the reason is only noted.
+    reason: the user's answer to why, when there is one.  If assumptions were made the next attempt
+    makes none, otherwise it is stock.  Does not return while ``active()``; otherwise there is nothing
+    to undo, and the reason is only noted.
     """
     attempt = _state.attempt
-    _note(reason, attempt.frame if attempt is not None else None)
+    if reason is not None:
+        _note(reason, attempt.frame if attempt is not None else None)
     if attempt is not None and attempt.level > Level.STOCK:
         raise _restart(attempt)
 
@@ -198,6 +202,12 @@ def final(error: ErrorT) -> ErrorT:
     """Mark an error of the compile call that has to reach the user, not end in a stock retry."""
     error.moe_inductor_final = True  # type: ignore[attr-defined]
     return error
+
+
+def given_up() -> Reason | None:
+    """Why the frame being compiled is not captured as far as it might have been; None if it is."""
+    attempt = _state.attempt
+    return attempt.frame.given_up if attempt is not None else None
 
 
 def take_decline_reasons() -> list[Reason]:

@@ -23,6 +23,7 @@ import torch
 from moe_inductor import _compat
 from moe_inductor.capture import emptiness, purity, scope
 from moe_inductor.capture.assumptions import Kept, Length, NonEmpty, Tested, Visited
+from moe_inductor.capture.marker import keep
 from moe_inductor.reasons import Code, Reason
 
 # A loop over more rows than this is hardly one over experts, and unrolling it takes minutes.
@@ -118,7 +119,6 @@ def hook() -> None:
     _hook(_compat.TensorVariable, "call_method", _call_method)
     _hook(_compat.SideEffects, "check_allowed_side_effect", _check_mutation)
     _hook(_compat.InstructionTranslatorBase, "step", _step)
-    _hook(_compat.SubgraphTracer, "remove_node", _remove)
 
 
 def _hook(owner: type, name: str, replacement: Any) -> None:
@@ -137,7 +137,7 @@ def _hook(owner: type, name: str, replacement: Any) -> None:
 class Hits(_compat.ListVariable):
     """``hits.tolist()``: one may loop over it, and not ask it anything."""
 
-    def __init__(self, rows: torch.fx.Node, bound: int, dims: int) -> None:
+    def __init__(self, rows: Any, bound: int, dims: int) -> None:
         super().__init__([], mutation_type=_compat.ValueMutationNew())
         self.rows, self.bound, self.dims = rows, bound, dims
 
@@ -166,9 +166,8 @@ def _step(original: Any, attempt: scope.Attempt, tx: Any) -> Any:
             _answer_test(attempt, tx, instruction)
         elif instruction.opname == "GET_ITER" and type(tx.stack[-1]) is Hits:
             _iterate(attempt, tx, instruction)
-        elif instruction.opname == "CALL" and type(tx.stack[-1]) is _compat.ListVariable:
-            if instruction.arg == 1 and any(_function_of(f) is len for f in tx.stack[-3:-1]):
-                _note_length_of_pieces(attempt, tx.stack[-1], _location(tx, instruction))
+        elif instruction.opname == "CALL" and any(_function_of(f) is len for f in tx.stack[-3:-1]):
+            _note_length_of_pieces(attempt, tx.stack[-1], _location(tx, instruction))
     return original(tx)
 
 
@@ -193,8 +192,7 @@ def _answer_test(attempt: scope.Attempt, tx: Any, jump: Any) -> None:
             attempt.assumptions.append(NonEmpty(size, location, region.passes))
             tx.stack[-1] = _compat.ConstantVariable.create(truth)
     elif type(value) in (_compat.TensorVariable, _compat.NumpyNdarrayVariable):
-        node = value.as_proxy().node
-        answer = emptiness.of_tensor(node)
+        answer = emptiness.of_tensor(value.as_proxy().node)
         if answer is None:
             return
         region = _region(
@@ -204,14 +202,17 @@ def _answer_test(attempt: scope.Attempt, tx: Any, jump: Any) -> None:
             lambda: purity.branch_region(tx, answer, location, jump),
         )
         if region is not None:
-            attempt.assumptions.append(Tested(node, answer, location, region.passes))
+            marker = keep(tx, value)
+            attempt.assumptions.append(Tested(marker, answer, location, region.passes))
             tx.stack[-1] = _compat.ConstantVariable.create(answer)
-    elif type(value) is _compat.ListVariable:
+    else:
         _note_length_of_pieces(attempt, value, location)
 
 
 def _note_length_of_pieces(attempt: scope.Attempt, pieces: Any, location: str) -> None:
     """``if pieces``, ``if len(pieces)``: Dynamo answers for the list with all of the pieces."""
+    if type(pieces) is not _compat.ListVariable:
+        return
     held = [item.as_proxy().node for item in pieces.items if item.is_tensor()]
     passes = [
         each
@@ -234,13 +235,11 @@ def _iterate(attempt: scope.Attempt, tx: Any, start: Any) -> None:
     )
     if region is None:
         give_up("the loop over the list of hit experts", location)
-    attempt.assumptions.append(Visited(hits.rows, hits.bound, location, region.passes))
+    attempt.assumptions.append(Visited(keep(tx, hits.rows), hits.bound, location, region.passes))
     tx.stack[-1] = _compat.VariableTracker.build(tx, hits.numbers())
 
 
-def _region(
-    attempt: scope.Attempt, what: str, location: str, make: Any
-) -> purity.Region | None:
+def _region(attempt: scope.Attempt, what: str, location: str, make: Any) -> purity.Region | None:
     """Open a region of speculated code; None, and not again here, where that is not safe."""
     try:
         region = make()
@@ -259,7 +258,7 @@ def _unpack(
     """``for e in rows``."""
     node = rows.proxy.node
     value, location = node.meta.get("example_value"), _location(tx)
-    if _settle_length(attempt, rows, location):
+    if _settle_length(attempt, tx, rows, location):
         return original(rows, tx, *args, **kw)
     bound = _row_bound(node)
     start = tx.current_instruction
@@ -273,7 +272,7 @@ def _unpack(
     )
     if region is None:
         return original(rows, tx, *args, **kw)
-    attempt.assumptions.append(Visited(node, bound, location, region.passes))
+    attempt.assumptions.append(Visited(keep(tx, rows), bound, location, region.passes))
     return [ExpertIndex(i, value.dim() - 1) for i in range(bound)]
 
 
@@ -283,14 +282,14 @@ def _call_method(
     """``rows.tolist()``."""
     if name == "tolist" and type(rows) is _compat.TensorVariable:
         node, location = rows.proxy.node, _location(tx)
-        if not _settle_length(attempt, rows, location):
+        if not _settle_length(attempt, tx, rows, location):
             bound = _row_bound(node)
             if bound is not None and location not in attempt.frame.distrusted:
-                return Hits(node, bound, node.meta["example_value"].dim() - 1)
+                return Hits(rows, bound, node.meta["example_value"].dim() - 1)
     return original(rows, tx, name, *args, **kw)
 
 
-def _settle_length(attempt: scope.Attempt, rows: Any, location: str) -> bool:
+def _settle_length(attempt: scope.Attempt, tx: Any, rows: Any, location: str) -> bool:
     """The counts of ``bincount`` are as many as the model said they are at least."""
     node = rows.proxy.node
     length = emptiness.minimal_length(node)
@@ -301,15 +300,8 @@ def _settle_length(attempt: scope.Attempt, rows: Any, location: str) -> bool:
         if not size.node.expr.is_symbol:
             return False
         torch._check(size == length)
-        attempt.assumptions.append(Length(node, length, location))
+        attempt.assumptions.append(Length(keep(tx, rows), length, location))
     return True
-
-
-def _remove(original: Any, attempt: scope.Attempt, tracer: Any, node: torch.fx.Node) -> None:
-    """Dynamo removes what the graph does not need; an assumption needs what it is about."""
-    about = (getattr(a, name, None) for a in attempt.assumptions for name in ("rows", "value"))
-    if not any(node is each for each in about):
-        original(tracer, node)
 
 
 def _check_mutation(original: Any, attempt: scope.Attempt, effects: Any, item: Any) -> Any:

@@ -5,6 +5,7 @@ As in test_purity.py the backend believes every assumption; one token, so that m
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,9 +16,9 @@ from torch import nn
 
 from moe_inductor.capture import scope
 from moe_inductor.capture.assumptions import Kept, Length, NonEmpty, Tested, Visited
+from tests.capture.fake_backend import installed
 from tests.capture.models import Block, E, Expert, H, K
 from tests.capture.test_purity import Believer, compile_and_compare
-from tests.capture.fake_backend import installed
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +56,7 @@ def sum_is_zero(s, x, w, m, out, hit):
 
 def sum_is_positive(s, x, w, m, out, hit):
     for e in range(E):
-        if 0 < m[e].sum():
+        if m[e].sum() > 0:
             s.add(x, w, m, out, e)
     return out
 
@@ -167,11 +168,12 @@ def whole(body: Any) -> Believer:
 def test_of_a_tensor(body: Any) -> None:
     backend = whole(body)
     tests = [a for a in backend.assumptions if isinstance(a, Tested)]
-    assert len(tests) == E and backend.assumptions == tests
+    assert len(tests) == E
+    assert backend.assumptions == tests
     nodes = list(backend.graphs[0].graph.nodes)
     negative = body in (sum_is_zero, none_at_all, counts_enumerated)
     for test in tests:
-        assert test.value in nodes
+        assert backend.about[test] in nodes
         assert test.truth is not negative
         assert test.location.startswith(__file__)
         (once,) = test.passes
@@ -301,7 +303,7 @@ def test_hit_list(body: Any) -> None:
     (rows,) = [a for a in backend.assumptions if isinstance(a, Visited)]
     assert rows.bound == E
     assert len(rows.passes) == E
-    assert rows.rows in list(backend.graphs[0].graph.nodes)
+    assert backend.about[rows] in list(backend.graphs[0].graph.nodes)
 
 
 class Chosen(Block):
@@ -436,7 +438,7 @@ def items_of_experts(s, x, w, ids):
 
 def zip_of_experts(s, x, w, ids):
     out = torch.zeros_like(x)
-    for expert, chosen in zip(s.experts, F.one_hot(ids, E).permute(2, 0, 1)):
+    for expert, chosen in zip(s.experts, F.one_hot(ids, E).permute(2, 0, 1), strict=True):
         t, k = torch.where(chosen)
         if len(t) > 0:
             out.index_add_(0, t, expert(x[t]) * w[t, k, None])
@@ -481,5 +483,5 @@ def test_pieces_and_where_the_slices_start() -> None:
     assert kept.passes == passes
     assert [len(p.appended) for p in passes] == [1] * E
     assert passes[0].before == {"start": 0}
-    for one, other in zip(passes, passes[1:], strict=False):
+    for one, other in itertools.pairwise(passes):
         assert one.after["start"] is other.before["start"]

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from moe_inductor.match.api import (
     ExpertsSpelling,
+    HitListSpelling,
     RouterSpelling,
     Sample,
     combinations,
@@ -35,6 +36,8 @@ NEAR_MISSES = [
     pytest.param(s, miss, id=f"{s.name}-{miss.name}") for s in SPELLINGS for miss in s.near_misses
 ]
 T = 11
+# So few that some experts have none: what is done for these is what a hit list is about.
+FEW = 2
 
 
 def _floats(output: object) -> list[torch.Tensor]:
@@ -97,7 +100,7 @@ def test_sample_is_fused_and_right(spelling, sample, dtype, training, dynamic, r
     assert len(calls) == 1, "the fused op is in the graph that ran"
     if isinstance(spelling, ExpertsSpelling):
         assert block.spelling == spelling.name
-    else:
+    elif isinstance(spelling, RouterSpelling):
         assert block.router_fused, block.router_reason
     for i, (mine, theirs, truth) in enumerate(zip(ours, eager, exact, strict=True)):
         assert_within_fp64_rule(mine, theirs, truth, what=f"tensor {i}")
@@ -108,7 +111,7 @@ def test_near_miss_is_refused_with_its_reason(spelling, miss, rewritten):
     torch.manual_seed(zlib.crc32(miss.name.encode()))
     dtype = torch.bfloat16 if spelling.samples[0].dtypes == (torch.bfloat16,) else torch.float32
     module = miss.build().to(dtype)
-    x = torch.randn(T, 32, dtype=dtype)
+    x = torch.randn(FEW if isinstance(spelling, HitListSpelling) else T, 32, dtype=dtype)
     compiled = rewritten(module)
     eager = _step(module, module, x)
     ours = _step(compiled, module, x)
