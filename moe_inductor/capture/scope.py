@@ -243,6 +243,14 @@ def distrust(reason: Reason, locations: Collection[str]) -> NoReturn:
     raise _restart(attempt, next_level=attempt.level if new else Level.FLAGS)
 
 
+def stop_capturing(reason: Reason) -> NoReturn:
+    """Our settings lead Dynamo astray: trace this frame again without them."""
+    attempt = _state.attempt
+    assert attempt is not None
+    _note(reason, attempt.frame)
+    raise _restart(attempt, next_level=Level.STOCK)
+
+
 def refuse(reason: Reason, location: str) -> None:
     """Nothing can be assumed at ``location``: this attempt goes on there as Dynamo does."""
     attempt = _state.attempt

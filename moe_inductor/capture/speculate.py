@@ -16,6 +16,7 @@ import functools
 import operator
 import os
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -118,15 +119,20 @@ def hook() -> None:
     _hook(_compat.TensorVariable, "unpack_var_sequence", _unpack)
     _hook(_compat.TensorVariable, "call_method", _call_method)
     _hook(_compat.SideEffects, "check_allowed_side_effect", _check_mutation)
-    _hook(_compat.InstructionTranslatorBase, "step", _step)
+    _hook(_compat.InstructionTranslatorBase, "step", _step, scope.current)
 
 
-def _hook(owner: type, name: str, replacement: Any) -> None:
+def _hook(
+    owner: type,
+    name: str,
+    replacement: Any,
+    wanted: Callable[[], scope.Attempt | None] = scope.speculating,
+) -> None:
     original = getattr(owner, name)
 
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        attempt = scope.speculating()
+        attempt = wanted()
         if attempt is None:
             return original(self, *args, **kwargs)
         return replacement(original, attempt, self, *args, **kwargs)
@@ -161,14 +167,37 @@ def _step(original: Any, attempt: scope.Attempt, tx: Any) -> Any:
     """One instruction of the model.  What lies on the stack is answered before Dynamo looks at it."""
     pointer = tx.instruction_pointer
     if pointer is not None and tx.stack:
-        instruction = tx.instructions[pointer]
-        if instruction.opname.startswith("POP_JUMP"):
-            _answer_test(attempt, tx, instruction)
-        elif instruction.opname == "GET_ITER" and type(tx.stack[-1]) is Hits:
-            _iterate(attempt, tx, instruction)
-        elif instruction.opname == "CALL" and any(_function_of(f) is len for f in tx.stack[-3:-1]):
-            _note_length_of_pieces(attempt, tx.stack[-1], _location(tx, instruction))
+        coming = tx.instructions[pointer]
+        if _looks_for_a_number(tx.stack, coming):
+            why = "a number that depends on the data is looked for in a list"
+            scope.stop_capturing(Reason(Code.CONTROL_FLOW, why, _short(_location(tx, coming))))
+        if scope.speculating() is not None:
+            _before(attempt, tx, coming)
     return original(tx)
+
+
+def _looks_for_a_number(stack: list[Any], coming: Any) -> bool:
+    """``e in counts.tolist()``: there Dynamo (up to 2.13) takes a number that it does not know to differ from every
+    constant, and ``is`` does so everywhere.  That is a wrong graph, not a break.
+    """
+    if coming.opname not in ("CONTAINS_OP", "IS_OP"):
+        return False
+    operands = stack[-2:]
+    if coming.opname == "CONTAINS_OP":
+        held = operands[-1]
+        if type(held) is Hits or not isinstance(held, _compat.BaseListVariable):
+            return False
+        operands = [operands[0], *held.items]
+    return any(isinstance(value, _compat.SymNodeVariable) for value in operands)
+
+
+def _before(attempt: scope.Attempt, tx: Any, coming: Any) -> None:
+    if coming.opname.startswith("POP_JUMP"):
+        _answer_test(attempt, tx, coming)
+    elif coming.opname == "GET_ITER" and type(tx.stack[-1]) is Hits:
+        _iterate(attempt, tx, coming)
+    elif coming.opname == "CALL" and any(_function_of(f) is len for f in tx.stack[-3:-1]):
+        _note_length_of_pieces(attempt, tx.stack[-1], _location(tx, coming))
 
 
 def _answer_test(attempt: scope.Attempt, tx: Any, jump: Any) -> None:
@@ -384,7 +413,9 @@ def _builtin_being_called() -> Any:
 
 
 def _function_of(tracker: Any) -> Any:
-    return getattr(tracker, "fn", getattr(tracker, "value", None))
+    """What a tracker stands for that holds it as it is.  (Some compute it, and some cannot.)"""
+    held = vars(tracker)
+    return held.get("fn", held.get("value"))
 
 
 def _innermost() -> Any:

@@ -1,7 +1,7 @@
-"""Loops that look like those of test_constructs.py and of which Python, or the rest of the graph, sees more.
+"""Loops that look like those of test_constructs.py, and of which Python sees more.
 
-Whatever is assumed, the result has to be eager's.  The first half is refused by the purity checks alone, under a backend
-that believes everything; the second half is only told apart by the proof, so it runs under the real backend.
+The backend believes everything, so only the purity checks stand between a wrong speculation and a wrong result.
+
 """
 
 from __future__ import annotations
@@ -12,12 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from moe_inductor.backend import MoEInductor
 from moe_inductor.capture import scope
-from tests.capture.fake_backend import installed
-from tests.capture.models import E, H
-from tests.capture.test_constructs import Chosen, run
-from tests.capture.test_purity import Loop, compile_and_compare
+from tests.capture.models import E
+from tests.capture.test_purity import compile_and_compare
 
 
 @pytest.fixture(autouse=True)
@@ -287,7 +284,7 @@ def pieces_side_by_side(s, x, w, m, out, hit):
 def pieces_summed(s, x, w, m, out, hit):
     parts = []
     for e in range(E):
-        k, t = torch.where(m[e])
+        _, t = torch.where(m[e])
         if t.numel() == 0:
             continue
         parts.append(s.experts[e](x[t]).sum() + 1)
@@ -297,7 +294,7 @@ def pieces_summed(s, x, w, m, out, hit):
 def pieces_stacked(s, x, w, m, out, hit):
     parts = []
     for e in range(E):
-        k, t = torch.where(m[e])
+        _, t = torch.where(m[e])
         if t.numel() == 0:
             continue
         parts.append(s.experts[e](x[t]).sum(0) + 1)
@@ -307,7 +304,7 @@ def pieces_stacked(s, x, w, m, out, hit):
 def numbers_among_pieces(s, x, w, m, out, hit):
     parts = []
     for e in range(E):
-        k, t = torch.where(m[e])
+        _, t = torch.where(m[e])
         if t.numel() == 0:
             continue
         parts.append(1.0)
@@ -321,7 +318,7 @@ def pieces_in_a_closure(s, x, w, m, out, hit):
         return len(parts)
 
     for e in range(E):
-        k, t = torch.where(m[e])
+        _, t = torch.where(m[e])
         if t.numel() == 0:
             continue
         parts.append(s.experts[e](x[t]))
@@ -331,7 +328,7 @@ def pieces_in_a_closure(s, x, w, m, out, hit):
 def pieces_of_the_block(s, x, w, m, out, hit):
     parts = s.parts = []
     for e in range(E):
-        k, t = torch.where(m[e])
+        _, t = torch.where(m[e])
         if t.numel() == 0:
             continue
         parts.append(s.experts[e](x[t]))
@@ -341,7 +338,7 @@ def pieces_of_the_block(s, x, w, m, out, hit):
 def pieces_extended(s, x, w, m, out, hit):
     parts = []
     for e in range(E):
-        k, t = torch.where(m[e])
+        _, t = torch.where(m[e])
         if t.numel() == 0:
             continue
         parts.extend([s.experts[e](x[t]), x + 1])
