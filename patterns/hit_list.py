@@ -271,7 +271,7 @@ HIT_LIST = HitListSpelling(
         NearMiss(name="first_choices", build=FirstChoices, code="ASSUMPTION"),
         NearMiss(name="other_choices", build=OtherChoices, code="ASSUMPTION"),
         NearMiss(name="unchosen", build=Unchosen, code="ASSUMPTION"),
-        NearMiss(name="by_tokens", build=ByTokens, code="ASSUMPTION"),
+        NearMiss(name="by_tokens", build=ByTokens, code="EXPERT_MISSING"),
         NearMiss(name="reordered", build=Reordered, code="ASSUMPTION"),
         NearMiss(name="adds_the_next_too", build=AddsTheNextToo, code="ASSUMPTION"),
         NearMiss(name="guards_another", build=GuardsAnother, code="ASSUMPTION"),
