@@ -99,7 +99,7 @@ def _lists_every_chosen_expert(
         rows = _unviewed(rows)
         for spelling in hit_lists:
             for facts in combinations(spelling.facts):
-                if _is_hit_list(canonical, rows, bound, loop.bound, spelling, facts):
+                if is_hit_list(canonical, rows, bound, loop.bound, spelling, facts):
                     return
     raise Refusal(
         Code.ASSUMPTION,
@@ -108,7 +108,7 @@ def _lists_every_chosen_expert(
     )
 
 
-def _is_hit_list(
+def is_hit_list(
     canonical: Canonical,
     rows: fx.Node,
     bound: Bound,
@@ -116,6 +116,8 @@ def _is_hit_list(
     spelling: HitListSpelling,
     facts: dict[str, object],
 ) -> bool:
+    """Is ``rows`` what the spelling with these facts makes of the block's ids?"""
+
     def reference(topk_ids: torch.Tensor) -> torch.Tensor:
         return spelling.reference(topk_ids.reshape(-1, bound.moe.top_k), num_classes, **facts)
 

@@ -21,6 +21,7 @@ from moe_inductor.match.api import (
     discover,
 )
 from moe_inductor.match.pieces import Shapes, experts_pieces, router_piece
+from moe_inductor.prove import assumptions
 from moe_inductor.reasons import Code
 from moe_inductor.rewrite import pipeline
 from tests.oracle import assert_within_fp64_rule
@@ -142,14 +143,20 @@ def test_every_spelling_has_samples_and_ten_near_misses_exist():
 def test_every_fact_value_is_proved_by_a_sample(spelling, rewritten, monkeypatch):
     """A fact value that no sample needs is untested, and dead weight in every compile."""
     used: list[dict[str, object]] = []
-    name = "prove_experts" if isinstance(spelling, ExpertsSpelling) else "prove_router"
-    prove = getattr(pipeline, name)
+    stage, name = {
+        ExpertsSpelling: (pipeline, "prove_experts"),
+        RouterSpelling: (pipeline, "prove_router"),
+        HitListSpelling: (assumptions, "is_hit_list"),
+    }[type(spelling)]
+    prove = getattr(stage, name)
 
-    def spy(canonical, bound, *router):
-        prove(canonical, bound, *router)
-        used.append((router[0] if router else bound).facts)
+    def spy(*args):
+        proved = prove(*args)
+        if proved is not False:
+            used.append(args[-1] if isinstance(args[-1], dict) else args[-1].facts)
+        return proved
 
-    monkeypatch.setattr(pipeline, name, spy)
+    monkeypatch.setattr(stage, name, spy)
     for sample in spelling.samples:
         dtype = sample.dtypes[-1]
         rewritten(sample.build().to(dtype))(torch.randn(T, 32, dtype=dtype))
@@ -170,6 +177,8 @@ def _trace_of(spelling, facts: dict[str, object]) -> str:
         top_k=2,
     )
     items = tuple(sorted(facts.items()))
+    if isinstance(spelling, HitListSpelling):
+        return repr(items)
     if isinstance(spelling, RouterSpelling):
         return repr(router_piece(spelling, items, shapes)[0])
     pieces = experts_pieces(spelling, items, shapes)
