@@ -94,13 +94,15 @@ def distinct_values(rows: torch.fx.Node) -> int | None:
     made = _through(rows, _SAME_VALUES)
     if made.target not in (torch.unique, torch.Tensor.unique, "unique"):
         return None
-    chosen = _through(made.args[0], _SAME_VALUES | {operator.getitem})
+    (chosen, *_) = made.all_input_nodes
+    chosen = _through(chosen, _SAME_VALUES | {operator.getitem})
     if chosen.target not in _CHOOSES:
         return None
-    scores = chosen.args[0].meta.get("example_value")
+    scores = chosen.all_input_nodes[0].meta.get("example_value")
     dim = chosen.kwargs.get("dim", -1)
-    size = scores.shape[dim] if isinstance(scores, torch.Tensor) and scores.dim() else None
-    return size if isinstance(size, int) else None
+    if not isinstance(scores, torch.Tensor) or not scores.dim() or not isinstance(dim, int):
+        return None
+    return size if isinstance(size := scores.shape[dim], int) else None
 
 
 def _through(node: torch.fx.Node, targets: set[Any]) -> torch.fx.Node:

@@ -1,7 +1,6 @@
 """Loops that look like those of test_constructs.py, and of which Python sees more.
 
 The backend believes everything, so only the purity checks stand between a wrong speculation and a wrong result.
-
 """
 
 from __future__ import annotations
