@@ -33,6 +33,7 @@ from moe_inductor.prove.prove import prove_experts, prove_router
 from moe_inductor.reasons import Code, Reason, Refusal
 from moe_inductor.region.canonical import Canonical, canonicalise
 from moe_inductor.region.find import Region, find_regions, looks_like_moe, router_only
+from moe_inductor.region.fold import fold
 from moe_inductor.region.nodes import location, value
 from moe_inductor.rewrite.replace import Rewriter
 from moe_inductor.rewrite.support import check_support
@@ -90,7 +91,7 @@ def _fuse_region(
     before = len(region.nodes)
     try:
         with _timed(report, "canonical"):
-            canonical = canonicalise(gm, region)
+            canonical = canonicalise(gm, region, fold(region))
         assumed = concerning(canonical, assumptions)
         blocks, refused = _prove_blocks(canonical, report, hit_lists, assumed)
     except Refusal as refusal:
