@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from moe_inductor.match.api import ExpertsSpelling, NearMiss, Sample
 
 
-def reference(x, topk_ids, topk_weights, experts, *, mask, sum_in):
+def reference(x, topk_ids, topk_weights, experts, *, mask, sum_in, weight_on):
     E = experts.num_experts
-    dtype = topk_weights.dtype if sum_in == "weights" else x.dtype
+    dtype = {"x": x.dtype, "weights": topk_weights.dtype, "float32": torch.float32}[sum_in]
     out = torch.zeros(x.shape, dtype=dtype, device=x.device)
     if mask == "slots first":
         expert_mask = torch.nn.functional.one_hot(topk_ids, E).permute(2, 1, 0)
@@ -32,7 +32,12 @@ def reference(x, topk_ids, topk_weights, experts, *, mask, sum_in):
             token, slot = torch.where(expert_mask[e])
         else:
             token, slot = torch.where(topk_ids == e)
-        y = expert(x[token]) * topk_weights[token, slot, None]
+        rows, weights = x[token], topk_weights[token, slot, None]
+        if weight_on == "input":
+            rows = (rows * weights).to(x.dtype)
+        y = expert(rows)
+        if weight_on == "output":
+            y = y * weights
         out = out.index_add(0, token, y.to(dtype))
     return out
 
@@ -278,7 +283,8 @@ EXPERT_LOOP = ExpertsSpelling(
     anchor="aten::nonzero",
     facts={
         "mask": ("slots first", "tokens first", "compare"),
-        "sum_in": ("x", "weights"),
+        "sum_in": ("x", "weights", "float32"),
+        "weight_on": ("output", "input"),
     },
     loop=True,
     samples=(

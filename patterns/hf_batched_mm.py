@@ -10,7 +10,7 @@ from moe_inductor.patterns._blocks import HIDDEN, NUM_EXPERTS, TOP_K
 from moe_inductor.match.api import ExpertsSpelling, NearMiss, Sample
 
 
-def reference(x, topk_ids, topk_weights, experts, *, rows, clamp):
+def reference(x, topk_ids, topk_weights, experts, *, rows, clamp, weight_on):
     T, k = topk_ids.shape
     expert_ids = topk_ids.reshape(-1)
     if clamp:  # out-of-range ids of expert parallelism, whose weights are zero
@@ -21,10 +21,17 @@ def reference(x, topk_ids, topk_weights, experts, *, rows, clamp):
         token_ids = torch.arange(T, device=x.device).unsqueeze(1).expand(-1, k).reshape(-1)
         repeated = x[token_ids]
 
-    def linear(operand, weight):
-        return torch.bmm(weight[expert_ids], operand.unsqueeze(-1)).squeeze(-1)
+    weights = topk_weights.reshape(-1, 1)
+    if weight_on == "input":
+        repeated = (repeated * weights).to(x.dtype)
 
-    y = experts(repeated, linear) * topk_weights.reshape(-1, 1)
+    def linear(operand, weight, bias):
+        out = torch.bmm(weight[expert_ids], operand.unsqueeze(-1)).squeeze(-1)
+        return out if bias is None else out + bias[expert_ids]
+
+    y = experts(repeated, linear)
+    if weight_on == "output":
+        y = y * weights
     return y.view(T, k, -1).sum(dim=1).to(x.dtype)
 
 
@@ -145,7 +152,11 @@ BATCHED_MM = ExpertsSpelling(
     reference=reference,
     anchor="aten::bmm",
     # repeat: since 5.1; gather: 5.0.  clamp: releases up to 5.19 had it.
-    facts={"rows": ("repeat", "gather"), "clamp": (True, False)},
+    facts={
+        "rows": ("repeat", "gather"),
+        "clamp": (True, False),
+        "weight_on": ("output", "input"),
+    },
     ids_in_range="clamp",
     samples=(
         Sample(name="repeat", build=Batched),

@@ -22,7 +22,7 @@ def _fallback(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -
     return op(rows.to(weight.dtype), weight, offs=offsets)
 
 
-def _experts(x, topk_ids, topk_weights, experts, grouped_mm, masks, permutation):
+def _experts(x, topk_ids, topk_weights, experts, grouped_mm, masks, permutation, weight_on):
     T, k = topk_ids.shape
     expert_ids = topk_ids.reshape(-1)
     weights = topk_weights.reshape(-1)
@@ -47,12 +47,18 @@ def _experts(x, topk_ids, topk_weights, experts, grouped_mm, masks, permutation)
     def masked(tensor, step):
         return tensor.masked_fill(sentinel, 0.0) if step in masks else tensor
 
-    def linear(operand, weight):
+    def linear(operand, weight, bias):
         made = grouped_mm(operand, weight.transpose(-2, -1), offsets)
+        if bias is not None:
+            made = made + bias[sorted_ids]
         return masked(made, "projections")
 
-    y = experts(masked(rows, "rows"), linear)
-    y = masked(y * weights.unsqueeze(-1), "weighted")
+    rows = masked(rows, "rows")
+    if weight_on == "input":
+        rows = (rows * weights.unsqueeze(-1)).to(rows.dtype)
+    y = experts(rows, linear)
+    if weight_on == "output":
+        y = masked(y * weights.unsqueeze(-1), "weighted")
     if permutation == "sort":
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(order.size(0), device=x.device)
@@ -61,12 +67,12 @@ def _experts(x, topk_ids, topk_weights, experts, grouped_mm, masks, permutation)
     return y[inverse].view(T, k, -1).sum(dim=1).to(x.dtype)
 
 
-def native(x, topk_ids, topk_weights, experts, *, masks, permutation):
-    return _experts(x, topk_ids, topk_weights, experts, _native, masks, permutation)
+def native(x, topk_ids, topk_weights, experts, **facts):
+    return _experts(x, topk_ids, topk_weights, experts, _native, **facts)
 
 
-def fallback(x, topk_ids, topk_weights, experts, *, masks, permutation):
-    return _experts(x, topk_ids, topk_weights, experts, _fallback, masks, permutation)
+def fallback(x, topk_ids, topk_weights, experts, **facts):
+    return _experts(x, topk_ids, topk_weights, experts, _fallback, **facts)
 
 
 _FACTS = {
@@ -74,6 +80,7 @@ _FACTS = {
     "masks": ((), ("rows", "projections"), ("rows", "weighted")),
     # argsort: 5.0.
     "permutation": ("sort", "argsort"),
+    "weight_on": ("output", "input"),
 }
 
 

@@ -19,7 +19,7 @@ from moe_inductor.match.api import (
     combinations,
     discover,
 )
-from moe_inductor.match.pieces import Shapes, experts_pieces, router_piece
+from moe_inductor.match.pieces import PROJECTIONS, Shapes, experts_pieces, router_piece
 from moe_inductor.reasons import Code
 from moe_inductor.rewrite import pipeline
 from tests.oracle import assert_within_fp64_rule
@@ -161,7 +161,8 @@ def test_every_fact_value_is_proved_by_a_sample(spelling, rewritten, monkeypatch
 def _trace_of(spelling, facts: dict[str, object]) -> str:
     shapes = Shapes(
         x_dtype=torch.bfloat16,
-        weights_dtype=torch.float32,
+        weight_dtype=torch.bfloat16,
+        routing_dtype=torch.float32,
         device=torch.device("cpu"),
         num_tokens=7,
         top_k=2,
@@ -169,5 +170,5 @@ def _trace_of(spelling, facts: dict[str, object]) -> str:
     items = tuple(sorted(facts.items()))
     if isinstance(spelling, RouterSpelling):
         return repr(router_piece(spelling, items, shapes)[0])
-    pieces = experts_pieces(spelling, items, shapes)
-    return repr((pieces.upper, pieces.lower))
+    pieces = experts_pieces(spelling, items, shapes, PROJECTIONS[0])
+    return repr((pieces.upper, pieces.second, pieces.first))
