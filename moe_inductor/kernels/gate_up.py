@@ -16,8 +16,7 @@ LAYOUT is "concatenated", "interleaved", "separate" or, without a gate, "plain".
 * pointers: any strides, stacked or through a pointer table, two accumulators;
 * box: concatenated stacked weights seen as ``[E, 2, I, H]``, one 4-D TMA box ``[1, 2, BLOCK_N, BLOCK_K]`` brings
   the gate and the up rows of the same columns as one tile, so there is one wgmma of N = 2 * BLOCK_N and the two
-  halves are split in registers.  Interleaved weights are ``[E, 1, 2I, H]`` with boxes of twice as many rows, plain
-  ones ``[E, 1, I, H]``.  With a pointer table the kernel makes a descriptor of ``[2, I, H]`` per tile.
+  halves are split in registers.  Plain weights are ``[E, 1, I, H]``.  With a pointer table the kernel makes a descriptor of ``[2, I, H]`` per tile.
 """
 
 from __future__ import annotations
@@ -141,35 +140,30 @@ def _multiply_box(
     EVEN_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    # The box: PARTS pieces of ROWS rows each.
     PARTS: tl.constexpr = 2 if LAYOUT == "concatenated" else 1
-    TIMES: tl.constexpr = 2 if LAYOUT == "interleaved" else 1
-    ROWS: tl.constexpr = TIMES * BLOCK_N
     if FROM_TABLE:
         address = expert_address(gate_ptr, expert, 0, a_ptrs.dtype.element_ty, FROM_TABLE, 16)
         own_box = tl.make_tensor_descriptor(
             address,
-            [PARTS, TIMES * I, H],
+            [PARTS, I, H],
             [up_offset, stride_out, 1],
-            [PARTS, ROWS, BLOCK_K],
+            [PARTS, BLOCK_N, BLOCK_K],
         )
     ks = tl.arange(0, BLOCK_K)
-    both = tl.zeros((BLOCK_M, PARTS * ROWS), tl.float32)
+    both = tl.zeros((BLOCK_M, PARTS * BLOCK_N), tl.float32)
     for start in tl.range(0, H, BLOCK_K, num_stages=NUM_STAGES):
         if EVEN_K:
             a = tl.load(a_ptrs, mask=row_used[:, None], other=0.0)
         else:
             a = tl.load(a_ptrs, mask=row_used[:, None] & (ks < H - start)[None, :], other=0.0)
         if FROM_TABLE:  # own_box exists only here
-            w = own_box.load([0, TIMES * first_column, start])
+            w = own_box.load([0, first_column, start])
         else:
-            w = box.load([expert, 0, TIMES * first_column, start])
-        both = tl.dot(a, w.reshape(PARTS * ROWS, BLOCK_K).T, both)
+            w = box.load([expert, 0, first_column, start])
+        both = tl.dot(a, w.reshape(PARTS * BLOCK_N, BLOCK_K).T, both)
         a_ptrs += BLOCK_K
     if LAYOUT == "concatenated":
         gate, up = tl.split(tl.permute(tl.reshape(both, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
-    elif LAYOUT == "interleaved":
-        gate, up = tl.split(tl.reshape(both, (BLOCK_M, BLOCK_N, 2)))
     else:
         gate, up = both, both
     return gate, up
@@ -409,12 +403,11 @@ def gate_up(
         stacked = gate.storage
         stride_e, stride_out, _ = stacked.stride()
         parts = 2 if layout == "concatenated" else 1
-        times = 2 if layout == "interleaved" else 1
         box = TensorDescriptor(
             stacked,
-            [stacked.shape[0], parts, times * I, H],
+            [stacked.shape[0], parts, I, H],
             [stride_e, I * stride_out, stride_out, 1],
-            [1, parts, times * block_n, block_k],
+            [1, parts, block_n, block_k],
         )
     tiles = alignment.expert_ids.shape[0] * triton.cdiv(I, block_n)
     launch(
@@ -434,9 +427,9 @@ def gate_up(
         H,
         I,
         hidden_states.stride(0),
-        *(gate.strides if config.weights_by_tma else strides),
+        *strides,
         *(up.strides if up else strides),
-        I * gate.stride_out if config.weights_by_tma else up_offset,
+        up_offset,
         intermediate.stride(0),
         ACTIVATION=unit.text,
         LAYOUT=layout,

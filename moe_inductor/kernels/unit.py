@@ -50,7 +50,10 @@ def sigmoid(x):
 
 @triton.jit
 def tanh(x):
-    return 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0
+    """By its Taylor series where the difference of exponentials would cancel."""
+    s = x * x
+    series = x * (1 + s * (-1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * (62 / 2835)))))
+    return tl.where(s < 0.0625, series, 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0)
 
 
 @triton.jit

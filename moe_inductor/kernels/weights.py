@@ -102,7 +102,10 @@ class Projection:
         """Strides of the gate rows alone, and the offset from a gate row to its up row, where both are in here."""
         if self.interleaved:
             return (self.stride_expert, 2 * self.stride_out, self.stride_in), self.stride_out
-        return self.strides, self.out_features // 2 * self.stride_out
+        return (
+            self.strides,
+            self.out_features // 2 * self.stride_out,
+        )  # not looked at without a gate
 
     @property
     def strides(self) -> tuple[int, int, int]:

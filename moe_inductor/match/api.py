@@ -57,11 +57,15 @@ class NearMiss:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A program in this spelling that must be fused.  build makes the module; it is called with ``x [T, 32]``."""
+    """A program in this spelling that must be fused.  build makes the module; it is called with ``x [T, 32]``.
+
+    brief: differs from another sample in nothing that has to do with shapes; a training step is test enough.
+    """
 
     name: str
     build: Callable[[], torch.nn.Module]
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    brief: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -79,7 +79,7 @@ def fused_experts(
             dtype=hidden_states.dtype,
             capability=_capability(hidden_states.device),
             unit_stride=all(p.stride_in == 1 for p in (gate, up or gate, down_)),
-            gate_up_tma=up is None and gate.tma_ready,
+            gate_up_tma=up is None and not interleaved and gate.tma_ready,
             down_tma=down_.tma_ready,
             from_table=down_.from_table,
         )

@@ -25,11 +25,20 @@ from moe_inductor.rewrite import pipeline
 from tests.oracle import assert_within_fp64_rule
 
 SPELLINGS = discover()
+MODES = {
+    (pass_, shapes): (pass_ == "training", shapes == "dynamic")
+    for pass_ in ("inference", "training")
+    for shapes in ("static", "dynamic")
+}
 SAMPLES = [
-    pytest.param(s, sample, dtype, id=f"{s.name}-{sample.name}-{str(dtype)[6:]}")
+    pytest.param(
+        s, sample, dtype, *mode, id=f"{s.name}-{sample.name}-{str(dtype)[6:]}-{'-'.join(name)}"
+    )
     for s in SPELLINGS
     for sample in s.samples
     for dtype in sample.dtypes
+    for name, mode in MODES.items()
+    if not sample.brief or name == ("training", "static")
 ]
 NEAR_MISSES = [
     pytest.param(s, miss, id=f"{s.name}-{miss.name}") for s in SPELLINGS for miss in s.near_misses
@@ -74,9 +83,7 @@ def _inputs(
     raise AssertionError("no tokens without ties found")
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize(("spelling", "sample", "dtype"), SAMPLES)
+@pytest.mark.parametrize(("spelling", "sample", "dtype", "training", "dynamic"), SAMPLES)
 def test_sample_is_fused_and_right(spelling, sample, dtype, training, dynamic, rewritten):
     module, exact_module, x = _inputs(sample, dtype)
     compiled = rewritten(module, dynamic=dynamic)
