@@ -15,11 +15,15 @@ from moe_inductor.region.nodes import location, value
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Weight:
-    """One projection: ``nodes`` is one stacked ``[E, ..]`` tensor or E tensors in the order of expert ids."""
+    """One projection: ``nodes`` is one stacked ``[E, ..]`` tensor or E tensors in the order of expert ids.
+
+    bias: the same for its biases ``[E, out]`` or ``[out]``; empty where it has none.
+    """
 
     nodes: tuple[fx.Node, ...]
     is_stacked: bool
     is_transposed: bool
+    bias: tuple[fx.Node, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,9 +58,13 @@ class Bound:
     traced: int
     router: BoundRouter | None = None
 
+    @property
+    def projections(self) -> tuple[Weight | None, ...]:
+        return self.gate_up, self.up, self.down
+
     def inputs(self) -> list[fx.Node]:
         """The tensors a fused block reads, in the order that ``prove.reference_of`` takes them."""
-        weights = [*self.gate_up.nodes, *(self.up.nodes if self.up else ()), *self.down.nodes]
+        weights = [n for w in self.projections if w is not None for n in (*w.nodes, *w.bias)]
         return [self.x, self.topk_ids, self.topk_weights, *weights]
 
 
@@ -64,17 +72,20 @@ def check_experts(moe: MoE, gate_up: Weight, up: Weight | None, down: Weight) ->
     """All projections have the shapes that one MLP needs.  Raises Refusal(EXPERT_SHAPES)."""
     experts = moe.experts
     E, H, I = experts.num_experts, experts.hidden_size, experts.intermediate_size
-    rows = 2 * I if experts.is_concatenated else I
-    for weight, (outer, inner) in ((gate_up, (rows, H)), (up, (I, H)), (down, (H, I))):
+    expected = ((gate_up, (experts.first_rows, H)), (up, (I, H)), (down, (H, I)))
+    for weight, (outer, inner) in expected:
         if weight is None:
             continue
         matrix = (inner, outer) if weight.is_transposed else (outer, inner)
-        expected = (E, *matrix) if weight.is_stacked else matrix
-        for node in weight.nodes:
-            found = value(node)
-            if tuple(found.shape) != expected or found.dtype != experts.weight_dtype:
-                raise Refusal(
-                    Code.EXPERT_SHAPES,
-                    f"weight {tuple(found.shape)} {found.dtype} where {expected} {experts.weight_dtype} is needed",
-                    location(node),
-                )
+        stack = (E,) if weight.is_stacked else ()
+        for nodes, shape in ((weight.nodes, (*stack, *matrix)), (weight.bias, (*stack, outer))):
+            dtype = experts.weight_dtype if nodes is weight.nodes else None
+            for node in nodes:
+                found = value(node)
+                dtype = dtype or found.dtype  # biases may have a dtype of their own, all the same
+                if tuple(found.shape) != shape or found.dtype != dtype:
+                    raise Refusal(
+                        Code.EXPERT_SHAPES,
+                        f"weight {tuple(found.shape)} {found.dtype} where {shape} {dtype} is needed",
+                        location(node),
+                    )
