@@ -44,7 +44,8 @@ def survivors(graphs: Sequence[fx.Graph], assumptions: Iterable[Assumption]) -> 
     return [
         a
         for a in assumptions
-        if any(n in alive for p in a.passes for n in p.nodes) or getattr(a, "marker", None) in alive
+        if any(n in alive for p in a.passes for n in p.nodes)
+        or getattr(a, "marker", getattr(a, "index", None)) in alive
     ]
 
 
