@@ -117,7 +117,7 @@ class _Attempt:
         moe = _describe(self.spelling, unit, upper["topk_ids"], group)
         self._check_trace(moe, upper, group)
         check_experts(moe, group.gate_up, group.up, group.down)
-        if self.facts.get(self.spelling.ids_in_range or "") and not _in_range(
+        if self.facts.get(self.spelling.ids_in_range or "") and not ids_in_range(
             upper["topk_ids"], moe.experts.num_experts
         ):
             raise Refusal(Code.SPELLING, "ids may be out of range", location(group.output))
@@ -252,7 +252,7 @@ def _expr(size: Any) -> sympy.Expr:
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
-def _in_range(topk_ids: fx.Node, num_experts: int) -> bool:
+def ids_in_range(topk_ids: fx.Node, num_experts: int) -> bool:
     """Are the ids positions among E scores, hence in ``[0, E)``?"""
     pack = topk_ids.args[0] if topk_ids.target is operator.getitem else None
     if not isinstance(pack, fx.Node) or pack.target is not torch.ops.aten.topk.default:

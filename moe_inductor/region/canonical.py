@@ -228,8 +228,6 @@ def _one_state(region: Region) -> tuple[bool, Refusal | None]:
     states = router
     for node in region.graph.nodes:
         name = name_of(node)
-        if node is region.root:
-            states = experts
         if name == "_set_grad_enabled":
             grad = bool(node.args[0])
         elif name == "_enter_autocast":
@@ -240,6 +238,10 @@ def _one_state(region: Region) -> tuple[bool, Refusal | None]:
             if depth[-1] if depth else autocast:
                 raise Refusal(Code.AUTOCAST, "", location(node))
             states.setdefault(grad, node)
+        if (
+            node is region.root
+        ):  # which belongs to the router: ids are often chosen without gradients
+            states = experts
     if len(experts) > 1:
         raise Refusal(Code.GRAD_STATE, "", location(experts[False]))
     mode = next(iter(experts), True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,16 +45,22 @@ class Fold:
     last: tuple[fx.Node, fx.Node] | None
 
 
-def fold(region: Region) -> Fold | None:
-    """None if the region is no loop, or if a pass is not provably like the others."""
-    steps = [n for n in region.nodes if name_of(n) in _STEPS and n.args]
+def fold(region: Region, guards: Mapping[fx.Node, Sequence[fx.Node]]) -> Fold | None:
+    """None if the region is no loop, or if a pass is not provably like the others.
+
+    guards: tensors that decide whether an addition is made, and that belong to its pass as well.
+    """
+    steps = sum_steps(region)
     if len(steps) < _FEWEST or not _one_sum(steps):
         return None
     members = set(region.nodes)
-    passes = _passes(steps, members)
+    passes = _passes(steps, guards, members)
     if passes is None:
         return None
-    templates = [list(_tokens(one, step)) for one, step in zip(passes, steps, strict=True)]
+    templates = [
+        list(_tokens(one, step, guards.get(step, ())))
+        for one, step in zip(passes, steps, strict=True)
+    ]
     holes = _Holes(len(steps))
     if len({len(t) for t in templates}) > 1 or not all(
         map(holes.fit, zip(*templates, strict=True))
@@ -70,6 +76,11 @@ def fold(region: Region) -> Fold | None:
     return Fold(nodes, holes.ids, holes.weights, last)
 
 
+def sum_steps(region: Region) -> list[fx.Node]:
+    """The statements of the region that could be a loop's additions, in the order in which they run."""
+    return [n for n in region.nodes if name_of(n) in _STEPS and n.args]
+
+
 def _one_sum(steps: list[fx.Node]) -> bool:
     """All steps add to one tensor, in place or from value to value."""
     same = all(s.args[0] is steps[0].args[0] for s in steps)
@@ -77,14 +88,17 @@ def _one_sum(steps: list[fx.Node]) -> bool:
     return same or chain
 
 
-def _passes(steps: list[fx.Node], members: set[fx.Node]) -> list[list[fx.Node]] | None:
-    """What each step needs and no other step does, in graph order."""
+def _passes(
+    steps: list[fx.Node], guards: Mapping[fx.Node, Sequence[fx.Node]], members: set[fx.Node]
+) -> list[list[fx.Node]] | None:
+    """What each step and its guards need and no other step does, in graph order."""
     order = {n: i for i, n in enumerate(steps[0].graph.nodes)}
     sums: set[Any] = {*steps, steps[0].args[0]}
     needed = []
     for step in steps:
         found: set[fx.Node] = set()
         todo = [a for a in step.all_input_nodes if a is not step.args[0]]
+        todo += guards.get(step, ())
         while todo:
             node = todo.pop()
             if node in sums:
@@ -100,7 +114,7 @@ def _passes(steps: list[fx.Node], members: set[fx.Node]) -> list[list[fx.Node]] 
     ]
 
 
-def _tokens(nodes: list[fx.Node], step: fx.Node) -> Iterator[Token]:
+def _tokens(nodes: list[fx.Node], step: fx.Node, guards: Sequence[fx.Node]) -> Iterator[Token]:
     """The code of one pass as a flat list; nodes of the pass are numbered, the sum has no name."""
     number = {n: i for i, n in enumerate(nodes)}
 
@@ -108,7 +122,7 @@ def _tokens(nodes: list[fx.Node], step: fx.Node) -> Iterator[Token]:
         if isinstance(item, fx.Node):
             yield (_OWN, number[item]) if item in number else (_NODE, item)
         elif isinstance(item, (tuple, list)):
-            yield _CONSTANT, (type(item).__name__, len(item))
+            yield _CONSTANT, ("sequence", len(item))
             for part in item:
                 yield from flat(part)
         elif isinstance(item, dict):
@@ -129,6 +143,7 @@ def _tokens(nodes: list[fx.Node], step: fx.Node) -> Iterator[Token]:
             args = args[1:]
         yield from flat(args)
         yield from flat(node.kwargs)
+    yield from flat(guards)
 
 
 class _Holes:
