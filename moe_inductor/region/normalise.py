@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from moe_inductor._compat import FakeTensor, OpOverload
+from moe_inductor.capture.rolled import EXPERT_INDEX
 from moe_inductor.region.nodes import is_integral, node_arg, unbacked, value
 
 aten = torch.ops.aten
@@ -186,7 +187,7 @@ def _emit(out: Emitter, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
     found = value(node)
     if node.target in _ASSERTS or isinstance(found, (torch.SymBool, bool)):
         return None  # says that a size is in its bounds; the fused op has no such size
-    if isinstance(found, (int, torch.SymInt)):
+    if isinstance(found, (int, torch.SymInt)) and node.target is not EXPERT_INDEX:
         return out.size(found)
     args, kwargs = _uniform(node, lambda a: env[a])
     for apply in RULES.get(node.target, ()):
