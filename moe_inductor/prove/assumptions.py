@@ -158,9 +158,11 @@ def _lists_every_chosen_expert(
 ) -> None:
     """``rows`` is a known function of ``topk_ids`` whose value is the sorted list of the ids that occur."""
     rows = _held_in(canonical, listed)
-    for spelling in hit_lists if rows is not None else ():
+    for spelling in hit_lists:
         for facts in combinations(spelling.facts):
-            if is_hit_list(canonical, rows, bound, num_classes, spelling, facts):
+            if rows is not None and is_hit_list(
+                canonical, rows, bound, num_classes, spelling, facts
+            ):
                 return
     raise Refusal(
         Code.ASSUMPTION,

@@ -393,17 +393,17 @@ def _count(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     if made.dim() > 1 or len(args) > 2:
         return None
     rank = value(base).dim()
-    dims = sorted(range(rank) if made.dim() == 0 else (d % rank for d in args[1]))
-    while True:
-        inner = base.args[0] if base.op == "call_function" and base.args else None
-        if base.target is aten._to_copy.default and value(inner).dtype == torch.bool:
-            base = inner
-        elif base.target is aten.permute.default:
-            base, dims = inner, sorted(base.args[1][d] for d in dims)
+    dims = sorted(range(rank) if made.dim() == 0 else (d % rank for d in args[-1]))
+    while base.target in (aten._to_copy.default, aten.permute.default, aten.view.default):
+        inner = node_arg(base, 0)
+        if base.target is aten.permute.default:
+            order: Any = base.args[1]
+            dims = sorted(order[d] for d in dims)
         elif base.target is aten.view.default and made.dim() == 0:
-            base, dims = inner, list(range(value(inner).dim()))
-        else:
+            dims = list(range(value(inner).dim()))
+        elif base.target is not aten._to_copy.default or value(inner).dtype != torch.bool:
             break
+        base = inner
     target = aten.any.default if node.target is aten.any.default else aten.sum.default
     rest: tuple = ()
     if made.dim() == 1:
