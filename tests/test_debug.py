@@ -192,7 +192,7 @@ X = torch.arange(24.0).reshape(4, 6)
 
 @pytest.fixture
 def one_block(monkeypatch):
-    def stage(gm, report, options):
+    def stage(gm, report, options, *capture):
         report.blocks.append(refused())
         report.artifacts["canonical_0"] = "a graph"
 
@@ -273,7 +273,7 @@ SCRIPT = textwrap.dedent("""
     import moe_inductor.rewrite.pipeline as pipeline
     from moe_inductor.debug.report import BlockReport
 
-    def stage(gm, report, options):
+    def stage(gm, report, options, *capture):
         report.blocks.append(BlockReport(spelling="x_loop", fused=True))
 
     pipeline.fuse_moe_blocks = stage

@@ -25,13 +25,13 @@ import inspect
 import logging
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NoReturn, TypeVar
 
 import torch
 
 from moe_inductor import _compat
-from moe_inductor.capture.assumptions import Assumption
+from moe_inductor.capture.assumptions import Assumption, Rolled
 from moe_inductor.reasons import Code, NotFused, Reason
 
 log = logging.getLogger(__name__)
@@ -70,6 +70,8 @@ class _Settings:
 
     backend: object
     speculate: bool
+    roll: bool
+    on_lost_frame: Callable[[], None]
 
 
 class Level(enum.IntEnum):
@@ -78,6 +80,7 @@ class Level(enum.IntEnum):
     STOCK = 0
     FLAGS = 1
     SPECULATE = 2
+    ROLLED = 3  # and a loop over experts is traced once where that is possible
 
 
 @dataclasses.dataclass
@@ -88,6 +91,14 @@ class _Frame:
     where: str
     tensorify_state: frozenset[str]
     level: Level
+    distrusted: set[str] = dataclasses.field(
+        default_factory=set
+    )  # where nothing is assumed any more
+    unrolled: set[str] = dataclasses.field(
+        default_factory=set
+    )  # loops that need each expert's number
+    sentinels: set[str] = dataclasses.field(default_factory=set)  # loops whose last row is none
+    given_up: Reason | None = None  # why the level went down, the first time
 
 
 @dataclasses.dataclass
@@ -99,8 +110,12 @@ class Attempt:
     flags_needed: bool
     level: Level  # STOCK also where our settings would not differ from the user's
     outer_flags: dict[str, bool]  # what the flags were before we touched them
+    restarted: bool = False  # a restart was raised; somebody may have caught it
     read_a_number: bool = False  # Tensor.item() was traced, which need not leave a node behind
     assumptions: list[Assumption] = dataclasses.field(default_factory=list)
+    rolled: dict[Any, Rolled] = dataclasses.field(
+        default_factory=dict
+    )  # by the symbol of the index
     regions: list[Any] = dataclasses.field(default_factory=list)  # purity.Region
 
 
@@ -117,7 +132,13 @@ _lock = threading.Lock()
 _installed: dict[int, _Settings] = {}
 
 
-def install(backend: object, *, speculate: bool = False) -> bool:
+def install(
+    backend: object,
+    *,
+    speculate: bool = False,
+    roll: bool = False,
+    on_lost_frame: Callable[[], None] = lambda: None,
+) -> bool:
     """Turn scoped capture on for ``backend``, recognised by identity.  Idempotent.
 
     False, with one warning, if this torch is not one that we know how to wrap; the backend then
@@ -126,13 +147,18 @@ def install(backend: object, *, speculate: bool = False) -> bool:
     speculate: also capture data-dependent loops by assuming things about the data
     (``capture.speculate``).  Only for a backend that proves or declines every one of
     ``scope.assumptions()``.
+
+    roll: also trace a loop over experts only once, on assumptions of the kind ``Rolled``.
+
+    on_lost_frame: called when a frame that was given up ends without another compile call: Dynamo
+    skips a frame, for instance, whose graph it would have to break inside of a loop.
     """
     with _lock:
         if not _wrap_trace_frame():
             return False
         if speculate:
             importlib.import_module("moe_inductor.capture.speculate").hook()
-        _installed[id(backend)] = _Settings(backend, speculate)
+        _installed[id(backend)] = _Settings(backend, speculate, speculate and roll, on_lost_frame)
     return True
 
 
@@ -166,14 +192,16 @@ def changed_capture(gm: torch.fx.GraphModule) -> bool:
     return _flags_mattered(attempt, fake_mode.shape_env if fake_mode is not None else None)
 
 
-def decline(reason: Reason) -> None:
+def decline(reason: Reason | None) -> None:
     """What was captured is of no use: trace this frame again.  Called in the compile call.
 
-    If assumptions were made the next attempt makes none, otherwise it is stock.  Does not return
-    while ``active()``; otherwise there is nothing to undo, and the reason is only noted.
+    reason: the user's answer to why, when there is one.  If assumptions were made the next attempt
+    makes none, otherwise it is stock.  Does not return while ``active()``; otherwise there is nothing
+    to undo, and the reason is only noted.
     """
     attempt = _state.attempt
-    _note(reason, attempt.frame.where if attempt is not None else "")
+    if reason is not None:
+        _note(reason, attempt.frame if attempt is not None else None)
     if attempt is not None and attempt.level > Level.STOCK:
         raise _restart(attempt)
 
@@ -198,6 +226,12 @@ def final(error: ErrorT) -> ErrorT:
     return error
 
 
+def given_up() -> Reason | None:
+    """Why the frame being compiled is not captured as far as it might have been; None if it is."""
+    attempt = _state.attempt
+    return attempt.frame.given_up if attempt is not None else None
+
+
 def take_decline_reasons() -> list[Reason]:
     """Why our settings were given up in this thread; each reason is handed out once.
 
@@ -218,15 +252,49 @@ def current() -> Attempt | None:
 def speculating() -> Attempt | None:
     """The attempt of this thread if it may make assumptions.  For the hooks of this package."""
     attempt = _state.attempt
-    return attempt if attempt is not None and attempt.level is Level.SPECULATE else None
+    return attempt if attempt is not None and attempt.level >= Level.SPECULATE else None
 
 
-def stop_speculating(reason: Reason) -> NoReturn:
-    """An assumption would not be safe: trace this frame again without any."""
+def distrust(reason: Reason, locations: Collection[str]) -> NoReturn:
+    """The assumptions made at ``locations`` are not safe: trace this frame again without them."""
     attempt = _state.attempt
     assert attempt is not None
-    _note(reason, attempt.frame.where)
-    raise _restart(attempt, next_level=Level.FLAGS)
+    _note(reason, attempt.frame)
+    new = set(locations) - attempt.frame.distrusted
+    attempt.frame.distrusted |= new
+    raise _restart(attempt, next_level=attempt.level if new else Level.FLAGS)
+
+
+def unroll(location: str) -> NoReturn:
+    """The loop at ``location`` needs to know the experts' numbers: trace this frame again, and it one by one."""
+    attempt = _state.attempt
+    assert attempt is not None
+    attempt.frame.unrolled.add(location)
+    raise _restart(attempt, next_level=attempt.level)
+
+
+def split_last(location: str) -> NoReturn:
+    """The last row of the loop at ``location`` is treated differently: trace this frame again, and it by itself."""
+    attempt = _state.attempt
+    assert attempt is not None
+    attempt.frame.sentinels.add(location)
+    raise _restart(attempt, next_level=attempt.level)
+
+
+def stop_capturing(reason: Reason) -> NoReturn:
+    """Our settings lead Dynamo astray: trace this frame again without them."""
+    attempt = _state.attempt
+    assert attempt is not None
+    _note(reason, attempt.frame)
+    raise _restart(attempt, next_level=Level.STOCK)
+
+
+def refuse(reason: Reason, location: str) -> None:
+    """Nothing can be assumed at ``location``: this attempt goes on there as Dynamo does."""
+    attempt = _state.attempt
+    assert attempt is not None
+    _note(reason, attempt.frame)
+    attempt.frame.distrusted.add(location)
 
 
 def _wrap_trace_frame() -> bool:
@@ -239,7 +307,7 @@ def _wrap_trace_frame() -> bool:
             f"torch {torch.__version__}: expert loops are captured only as far as stock does"
         )
         return False
-    _compat.SubgraphTracer.create_node = _noting_numbers(_compat.SubgraphTracer.create_node)
+    _compat.SubgraphTracer.create_node = _noting_nodes(_compat.SubgraphTracer.create_node)
     _compat.dynamo_convert_frame.trace_frame = _wrapper(original)
     return True
 
@@ -285,10 +353,13 @@ def _wrapper(original: Callable[..., Any]) -> Callable[..., Any]:
                     or _must_reach_user(error)
                     or not _may_pass_as_stock(attempt, error)
                 ):
+                    if frame.given_up is not None:
+                        _explain(error, frame.given_up)
+                        settings.on_lost_frame()
                     raise
-                _note(_reason_of(error), frame.where)
+                _note(_reason_of(error), frame)
                 raise _restart(attempt) from error
-            if frame.level < attempt.level:  # somebody inside Dynamo caught our restart
+            if attempt.restarted:  # somebody inside Dynamo caught our restart
                 raise _restart(attempt, next_level=frame.level)
             return result
 
@@ -296,14 +367,21 @@ def _wrapper(original: Callable[..., Any]) -> Callable[..., Any]:
     return trace_frame
 
 
-def _noting_numbers(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Dynamo erases ``item`` nodes whose value it knows, so they are noted when they are made."""
+def _noting_nodes(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Dynamo erases ``item`` nodes whose value it knows, so they are noted when they are made; and a
+    region of speculated code wants to know what was made in it.
+    """
 
     @functools.wraps(original)
     def create_node(self: Any, op: str, target: Any, *args: Any, **kwargs: Any) -> Any:
-        if op == "call_method" and target == "item" and _state.attempt is not None:
-            _state.attempt.read_a_number = True
-        return original(self, op, target, *args, **kwargs)
+        node = original(self, op, target, *args, **kwargs)
+        attempt = _state.attempt
+        if attempt is not None:
+            if op == "call_method" and target == "item":
+                attempt.read_a_number = True
+            for region in attempt.regions:
+                region.note(node)
+        return node
 
     return create_node
 
@@ -326,6 +404,7 @@ def _frame(speculation_log: Any, settings: _Settings, code: types.CodeType) -> _
         where = f"{code.co_filename}:{code.co_firstlineno}"
         specialised = frozenset(_compat.TensorifyState.force_specializations)
         level = Level.SPECULATE if settings.speculate else Level.FLAGS
+        level = Level.ROLLED if settings.roll else level
         frame = _Frame(settings, where, specialised, level)
         setattr(speculation_log, _ATTRIBUTE, frame)
     return frame
@@ -386,10 +465,14 @@ def _flags(wanted: dict[str, bool]) -> Iterator[None]:
 def _restart(attempt: Attempt, next_level: Level | None = None) -> _Restart:
     """Lower the level of the frame's next attempt.  Returns what the caller has to raise.
 
-    Without a level given: to the flags alone if speculation did something, else all the way.
+    Without a level given: to unrolled loops if one was rolled, to the flags alone if speculation did
+    something, else all the way.
     """
-    if next_level is None:
+    if next_level is None and attempt.rolled:
+        next_level = Level.SPECULATE
+    elif next_level is None:
         next_level = Level.FLAGS if attempt.assumptions and attempt.flags_needed else Level.STOCK
+    attempt.restarted = True
     attempt.frame.level = min(attempt.frame.level, next_level)
     # The next attempt takes another path on purpose; Dynamo compares it with this log otherwise.
     attempt.speculation_log.clear()
@@ -397,10 +480,19 @@ def _restart(attempt: Attempt, next_level: Level | None = None) -> _Restart:
     return _Restart(restart_reason=f"moe_inductor: again as {next_level.name}")
 
 
-def _note(reason: Reason, where: str) -> None:
-    _state.reasons.append(
-        reason if reason.location else dataclasses.replace(reason, location=where)
-    )
+def _note(reason: Reason, frame: _Frame | None) -> None:
+    if frame is not None:
+        if not reason.location:
+            reason = dataclasses.replace(reason, location=frame.where)
+        frame.given_up = frame.given_up or reason
+    _state.reasons.append(reason)
+
+
+def _explain(error: Exception, reason: Reason) -> None:
+    """Dynamo's own error reaches the user; next to it stands why we could not do better."""
+    note = f"moe_inductor: {reason}"
+    if note not in getattr(error, "__notes__", ()):
+        error.add_note(note)
 
 
 def _must_reach_user(error: BaseException) -> bool:

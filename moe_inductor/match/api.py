@@ -6,6 +6,8 @@ cast noise) is left to the ``experts`` argument and to the normal form, so that 
 
     def reference(x, topk_ids, topk_weights, experts, **facts) -> Tensor        # ExpertsSpelling
     def reference(router_logits, k, **facts) -> (topk_weights, topk_ids)        # RouterSpelling
+    def reference(topk_ids, num_classes, **facts) -> rows                       # HitListSpelling
+    def reference(topk_ids, e, **facts) -> Tensor []                            # ChosenSpelling
 
 The reference is traced twice: once with a hole for the expert MLP, which gives the pattern, and once with the
 matched inputs and the described MLP, which gives the proof.
@@ -108,7 +110,41 @@ class RouterSpelling:
     near_misses: tuple[NearMiss, ...] = ()
 
 
-Spelling = ExpertsSpelling | RouterSpelling
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HitListSpelling:
+    """One way to list the experts that were chosen at all, for a loop over them.
+
+    reference(topk_ids [T, k], num_classes, **facts) -> [n] or [n, 1], the sorted distinct ids; all are < num_classes.
+    ids_in_range: it is that only for ids that come from a top-k over num_classes scores.
+    """
+
+    name: str
+    source: str
+    reference: Callable[..., torch.Tensor]
+    facts: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+    ids_in_range: bool = False
+    samples: tuple[Sample, ...] = ()
+    near_misses: tuple[NearMiss, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChosenSpelling:
+    """One way to ask whether an expert was chosen by any token, before its tokens are run.
+
+    reference(topk_ids [T, k], e, **facts) -> a tensor without dimensions that Python is to find true or false.
+    truth(facts): which of the two, for an expert that was chosen; the other for one that was not.
+    """
+
+    name: str
+    source: str
+    reference: Callable[..., torch.Tensor]
+    truth: Callable[[Mapping[str, Any]], bool]
+    facts: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+    samples: tuple[Sample, ...] = ()
+    near_misses: tuple[NearMiss, ...] = ()
+
+
+Spelling = ExpertsSpelling | RouterSpelling | HitListSpelling | ChosenSpelling
 
 
 def combinations(facts: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
@@ -133,5 +169,5 @@ def discover() -> list[Spelling]:
 
 def _spellings(module: ModuleType) -> Iterator[Spelling]:
     for item in vars(module).values():
-        if isinstance(item, (ExpertsSpelling, RouterSpelling)):
+        if isinstance(item, Spelling):
             yield item

@@ -24,7 +24,7 @@ from moe_inductor.match.bind import Bound, Weight, check_experts
 from moe_inductor.match.loop import Group, Iteration, group_iterations
 from moe_inductor.match.pieces import PROJECTIONS, Pieces, Shapes, experts_pieces, unviewed
 from moe_inductor.reasons import Code, Refusal
-from moe_inductor.region.canonical import Canonical
+from moe_inductor.region.canonical import Canonical, Folded
 from moe_inductor.region.nodes import location, value
 
 # Casting GEMMs: their operands may differ in dtype in the model.
@@ -42,7 +42,7 @@ def propose(
         for facts, shapes in itertools.product(
             combinations(spelling.facts), _shapes(canonical, spelling.anchor)
         ):
-            attempt = _Attempt(spelling, facts, shapes)
+            attempt = _Attempt(spelling, facts, shapes, canonical.folded)
             pieces = attempt.pieces(0)
             if pieces is None:
                 continue
@@ -59,6 +59,7 @@ class _Attempt:
     spelling: ExpertsSpelling
     facts: dict[str, Any]
     shapes: Shapes
+    folded: Folded | None
 
     def pieces(self, projection: int) -> Pieces | None:
         facts = tuple(sorted(self.facts.items()))
@@ -91,7 +92,7 @@ class _Attempt:
     def _loop(self, matches: list[Match]) -> Bound:
         """A spelling that visits experts one by one: all matches together are one block."""
         iterations = [self._iteration(match) for match in matches]
-        group = group_iterations(iterations)
+        group = group_iterations(iterations, self.folded)
         return self._bound(iterations[0], group)
 
     def _iteration(self, match: Match) -> Iteration:
@@ -151,10 +152,11 @@ class _Attempt:
         moe = _describe(self.spelling, iteration.unit, weight_on, ids, group)
         self._check_trace(moe, iteration, group)
         check_experts(moe, group.gate_up, group.up, group.down)
-        if self.facts.get(self.spelling.ids_in_range or "") and not _in_range(
+        if self.facts.get(self.spelling.ids_in_range or "") and not ids_in_range(
             ids, moe.experts.num_experts
         ):
             raise Refusal(Code.SPELLING, "ids may be out of range", location(group.output))
+        visited = group.visited or tuple(range(moe.experts.num_experts))
         return Bound(
             spelling=self.spelling,
             facts=self.facts,
@@ -166,7 +168,8 @@ class _Attempt:
             gate_up=group.gate_up,
             up=group.up,
             down=group.down,
-            visited=group.visited or tuple(range(moe.experts.num_experts)),
+            visited=visited,
+            traced=group.traced or len(visited),
         )
 
     def _check_trace(self, moe: MoE, iteration: Iteration, group: Group) -> None:
@@ -292,7 +295,7 @@ def _expr(size: Any) -> sympy.Expr:
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
-def _in_range(topk_ids: fx.Node, num_experts: int) -> bool:
+def ids_in_range(topk_ids: fx.Node, num_experts: int) -> bool:
     """Are the ids positions among E scores, hence in ``[0, E)``?"""
     pack = topk_ids.args[0] if topk_ids.target is operator.getitem else None
     if not isinstance(pack, fx.Node) or pack.target is not torch.ops.aten.topk.default:

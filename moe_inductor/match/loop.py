@@ -17,6 +17,7 @@ from moe_inductor._compat import Match, bound_nodes
 from moe_inductor.match.activation import Gated
 from moe_inductor.match.bind import Weight
 from moe_inductor.reasons import Code, Refusal
+from moe_inductor.region.canonical import Folded
 from moe_inductor.region.nodes import location, node_arg, value
 
 aten = torch.ops.aten
@@ -42,7 +43,10 @@ class Iteration:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Group:
-    """A whole block.  Weights are in the order of expert ids; visited is the order of a loop's sum."""
+    """A whole block.  Weights are in the order of expert ids; visited is the order of a loop's sum.
+
+    traced: how many of the visited experts are in the graph; the others are folded into these.
+    """
 
     output: fx.Node
     x: fx.Node
@@ -50,9 +54,10 @@ class Group:
     up: Weight | None
     down: Weight
     visited: tuple[int, ...] | None
+    traced: int | None = None
 
 
-def group_iterations(iterations: list[Iteration]) -> Group:
+def group_iterations(iterations: list[Iteration], folded: Folded | None = None) -> Group:
     """Raises Refusal with the code of the first requirement that does not hold."""
     chain = _chain(iterations)
     first = chain[0]
@@ -65,35 +70,34 @@ def group_iterations(iterations: list[Iteration]) -> Group:
                 f"one expert computes {first.unit.activation}, another {it.unit.activation}",
                 location(it.output),
             )
-    visited = _expert_ids(chain)
+    traced = _expert_ids(chain)
+    visited = traced
+    if folded is not None:
+        visited = folded.ids
+        if visited[: len(traced)] != traced:
+            raise Refusal(Code.SPELLING, "", location(chain[0].output))
     gate_up, *up = [
-        _weight(chain, visited, [it.unit.projections[i] for it in chain])
+        _weight(chain, traced, [it.unit.projections[i] for it in chain], folded)
         for i in range(len(first.unit.projections))
     ]
-    down = _weight(chain, visited, [it.second for it in chain])
+    down = _weight(chain, traced, [it.second for it in chain], folded)
     num_experts = value(down.nodes[0]).shape[0] if down.is_stacked else len(down.nodes)
     last = location(chain[-1].output)
     if len(set(visited)) < len(visited):
         twice = next(e for e in visited if visited.count(e) > 1)
         raise Refusal(Code.EXPERT_TWICE, f"expert {twice} is visited twice", last)
-    missing = sorted(set(range(_num_experts(chain, num_experts))) - set(visited))
+    missing = sorted(set(range(num_experts)) - set(visited))
     if missing or sorted(visited) != list(range(len(visited))):
         raise Refusal(Code.EXPERT_MISSING, f"experts {missing[:4]} are never visited", last)
-    return Group(chain[-1].output, first.bound["x"], gate_up, up[0] if up else None, down, visited)
-
-
-def _num_experts(chain: list[Iteration], from_weights: int) -> int:
-    """E as the mask has it (the width of one_hot), when it has one: a ModuleList loop may stop early."""
-    todo, seen = [chain[0].output], set()
-    while todo:
-        node = todo.pop()
-        if node.target is aten.arange.default and isinstance(node.args[0], int):
-            return max(from_weights, node.args[0])
-        for arg in node.all_input_nodes:
-            if arg not in seen:
-                seen.add(arg)
-                todo.append(arg)
-    return from_weights
+    return Group(
+        chain[-1].output,
+        first.bound["x"],
+        gate_up,
+        up[0] if up else None,
+        down,
+        visited,
+        traced=len(traced),
+    )
 
 
 def _chain(iterations: list[Iteration]) -> list[Iteration]:
@@ -149,17 +153,20 @@ def _only_select(nodes: Any) -> int:
 
 
 def _weight(
-    chain: list[Iteration], visited: tuple[int, ...], projections: list[dict[str, Any]]
+    chain: list[Iteration],
+    traced: tuple[int, ...],
+    projections: list[dict[str, Any]],
+    folded: Folded | None,
 ) -> Weight:
-    """One projection of all iterations."""
+    """One projection of all iterations, those that are folded included."""
     kinds = {(p["is_transposed"], "bias" in p) for p in projections}
     if len(kinds) > 1:
         raise Refusal(Code.EXPERT_SHAPES, "", location(chain[0].output))
     (is_transposed, has_bias) = kinds.pop()
-    nodes, is_stacked = _tensors(chain, visited, [p["weight"] for p in projections])
+    nodes, is_stacked = _tensors(chain, traced, [p["weight"] for p in projections], folded)
     bias: tuple[fx.Node, ...] = ()
     if has_bias:
-        bias, bias_is_stacked = _tensors(chain, visited, [p["bias"] for p in projections])
+        bias, bias_is_stacked = _tensors(chain, traced, [p["bias"] for p in projections], folded)
         if bias_is_stacked != is_stacked:
             raise Refusal(
                 Code.LAYOUT, "stacked and separate weights are mixed", location(chain[0].output)
@@ -168,7 +175,10 @@ def _weight(
 
 
 def _tensors(
-    chain: list[Iteration], visited: tuple[int, ...], sources: list[fx.Node]
+    chain: list[Iteration],
+    traced: tuple[int, ...],
+    sources: list[fx.Node],
+    folded: Folded | None,
 ) -> tuple[tuple[fx.Node, ...], bool]:
     """Rows of one stack selected by the expert's own id (True), or E tensors (False)."""
     selected = [s.target is aten.select.int and s.args[1] == 0 for s in sources]
@@ -178,7 +188,7 @@ def _tensors(
             raise Refusal(
                 Code.LAYOUT, "experts come from several stacks", location(chain[0].output)
             )
-        for e, source, it in zip(visited, sources, chain, strict=True):
+        for e, source, it in zip(traced, sources, chain, strict=True):
             if source.args[2] != e:
                 raise Refusal(
                     Code.EXPERT_WEIGHTS,
@@ -193,5 +203,10 @@ def _tensors(
     shapes = {(tuple(value(s).shape), value(s).dtype) for s in sources}
     if len(shapes) > 1:
         raise Refusal(Code.EXPERT_SHAPES, "", location(chain[0].output))
-    by_id = dict(zip(visited, sources, strict=True))
+    by_id = dict(zip(traced, sources, strict=True))
+    if folded is not None:
+        every = folded.weights.get(sources[0])
+        if every is None:
+            raise Refusal(Code.LAYOUT, "", location(sources[0]))
+        by_id = dict(zip(folded.ids, every, strict=True))
     return tuple(by_id[e] for e in sorted(by_id)), False

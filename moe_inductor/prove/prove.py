@@ -60,7 +60,7 @@ def reference_of(bound: Bound) -> Callable[..., torch.Tensor]:
         )
         assert gate_up is not None
         assert down is not None
-        experts = DescribedExperts(moe, gate_up, up, down, bound.visited)
+        experts = DescribedExperts(moe, gate_up, up, down, bound.visited[: bound.traced])
         return bound.spelling.reference(
             x.reshape(-1, moe.experts.hidden_size),
             topk_ids.reshape(-1, moe.top_k),

@@ -28,8 +28,17 @@ from moe_inductor._compat import (
 )
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.find import Region
+from moe_inductor.region.fold import Fold
 from moe_inductor.region.nodes import is_floating, location, mutated, name_of, storages, value
 from moe_inductor.region.normalise import normalise
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Folded:
+    """ids: the expert of every pass, in order.  weights: for an input that a traced pass reads, that of every pass."""
+
+    ids: tuple[int, ...]
+    weights: dict[fx.Node, tuple[fx.Node, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +57,7 @@ class Canonical:
     grad_enabled: grad mode of the experts.  router_refusal: why the router must stay, when it runs under another.
     autocast, router_autocast: under what references are to be traced.  The casts of autocast are written out in
         ``graph``, so that what the proof finds equal is equal, whatever runs under which.
+    folded: what stands for passes of a loop that were not traced (``region/fold.py``).
     """
 
     region: Region
@@ -58,6 +68,7 @@ class Canonical:
     autocast: Autocast | None
     router_autocast: Autocast | None
     router_refusal: Refusal | None
+    folded: Folded | None = None
 
     @property
     def graph(self) -> fx.Graph:
@@ -75,14 +86,16 @@ class Canonical:
         return self.region.location
 
 
-def canonicalise(gm: fx.GraphModule, region: Region) -> Canonical:
-    """Trace ``region``.  Raises Refusal (MUTATION, GRAD_STATE, CANONICALISE)."""
+def canonicalise(gm: fx.GraphModule, region: Region, folds: Fold | None = None) -> Canonical:
+    """Trace ``region``, or what ``folds`` keeps of it.
+
+    Raises Refusal (MUTATION, GRAD_STATE, CANONICALISE).
+    """
     states = _states(region)
     grad_enabled, router_refusal = _one_grad_mode(region, states)
     _no_foreign_mutation(region)
     fake_mode = _fake_mode(region)
-    wanted = [n for n in region.nodes if _trackable(n)]
-    runner = _Runner(gm, region, wanted, states)
+    runner = _Runner(gm, region, folds, states)
     try:
         traced = trace(runner, [value(n) for n in region.inputs], fake_mode)
     except Refusal:
@@ -99,12 +112,17 @@ def canonicalise(gm: fx.GraphModule, region: Region) -> Canonical:
     graph, env = normalise(traced.graph, keep_detach=grad_enabled)
     dynamo_of: dict[fx.Node, list[fx.Node]] = {}
     holders = list(zip(region.inputs, _placeholders(traced.graph), strict=True))
-    holders += list(zip(wanted, _results(traced.graph), strict=True))
+    holders += list(zip(runner.wanted, _results(traced.graph), strict=True))
     for dynamo, raw in holders:
         new = env.get(raw)
         if isinstance(new, fx.Node):
             dynamo_of.setdefault(new, []).append(dynamo)
     module = fx.GraphModule(traced, graph)
+    folded = None
+    if folds is not None:
+        inputs = {dynamo: env[raw] for dynamo, raw in holders[: len(region.inputs)]}
+        of_pass = {inputs[w]: tuple(inputs[n] for n in ws) for w, ws in folds.weights.items()}
+        folded = Folded(folds.ids, of_pass)
     return Canonical(
         region,
         module,
@@ -114,6 +132,7 @@ def canonicalise(gm: fx.GraphModule, region: Region) -> Canonical:
         states[region.anchor].autocast,
         states[region.root].autocast,
         router_refusal,
+        folded,
     )
 
 
@@ -145,29 +164,36 @@ def trace(
 
 
 class _Runner(fx.Interpreter):
-    """Runs the region's Dynamo nodes; returns the final value of every wanted one."""
+    """Runs the region's Dynamo nodes, folded or not; returns the final value of every wanted one."""
 
     def __init__(
         self,
         gm: fx.GraphModule,
         region: Region,
-        wanted: list[fx.Node],
+        folds: Fold | None,
         states: dict[fx.Node, State],
     ) -> None:
         super().__init__(gm, graph=region.graph)
         self.region = region
         self.states = states
-        self.wanted = wanted
+        self.nodes = region.nodes if folds is None else folds.nodes
+        self.wanted = [n for n in self.nodes if _trackable(n)]
         self.current: fx.Node | None = None
+        # The sum after the passes that are run stands for the sum after all.
+        self.last, self.last_run = folds.last if folds is not None and folds.last else (None, None)
+        if self.last is not None and self.last_run is not None:
+            self.wanted[self.wanted.index(self.last_run)] = self.last
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         self.env = dict(zip(self.region.inputs, args, strict=True))
-        for node in self.region.nodes:
+        for node in self.nodes:
             self.current = node
             state = self.states[node]
             # ATen nodes inherit the model's source line.
             with fx_traceback.set_current_meta(node), under(state.autocast):
                 self.env[node] = self.run_node(node)
+            if node is self.last_run and self.last is not None:
+                self.env[self.last] = self.env[node]
         self.current = None
         return tuple(self.env[n] for n in self.wanted)
 
@@ -270,7 +296,8 @@ def _one_grad_mode(
     experts: dict[bool, fx.Node] = {}
     for node in region.nodes:
         if is_floating(node):
-            part = router if position[node] < position[region.root] else experts
+            # The root belongs to the router: ids are often chosen without gradients.
+            part = router if position[node] <= position[region.root] else experts
             part.setdefault(states[node].grad_enabled, node)
     if len(experts) > 1:
         raise Refusal(Code.GRAD_STATE, "", location(experts[False]))
