@@ -13,7 +13,6 @@ class Code(enum.Enum):
     CONTROL_FLOW = "the expert loop was not captured"
     MUTATION = "a tensor that the block reads is changed while the block runs"
     GRAD_STATE = "the block mixes grad modes"
-    AUTOCAST = "the block mixes autocast states"
     CANONICALISE = "the block could not be traced again on its own"
     # match/
     SPELLING = "no known spelling"

@@ -140,11 +140,6 @@ VARIANTS = {
 }
 
 
-def _rolled(gate_up):
-    gate, up = gate_up.roll(1, -1).chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
 def _thirds(gate_up):
     return F.silu(gate_up[..., :48]) * gate_up[..., 24:72]
 
@@ -162,17 +157,15 @@ def _rows_mixed(gate_up):
 NEAR_VARIANTS = {
     "mish": (_halves(lambda g, u: F.mish(g) * u), "ACTIVATION"),
     "hardswish": (_halves(lambda g, u: F.hardswish(g) * u), "ACTIVATION"),
-    "dropout": (_halves(lambda g, u: F.dropout(F.silu(g) * u, 0.5)), "ACTIVATION"),
     "softmax": (_halves(lambda g, u: g.softmax(-1) * u), "ACTIVATION"),
     "normalised": (_halves(lambda g, u: F.rms_norm(F.silu(g) * u, (48,))), "ACTIVATION"),
     "scaled_by_maximum": (_halves(lambda g, u: F.silu(g) * u / u.abs().amax()), "ACTIVATION"),
     "cumulated": (_halves(lambda g, u: F.silu(g).cumsum(-1) * u), "ACTIVATION"),
-    "sorted": (_halves(lambda g, u: F.silu(g).sort(-1).values * u), "ACTIVATION"),
+    "columns_reversed": (_halves(lambda g, u: F.silu(g) * u.flip(-1)), "ACTIVATION"),
     "rounded": (_halves(lambda g, u: F.silu(g) * u.round()), "ACTIVATION"),
     "integers": (_halves(lambda g, u: F.silu(g) * u.int()), "ACTIVATION"),
     "masked": (_halves(lambda g, u: torch.where(g > 0, g, 0.0) * u), "ACTIVATION"),
     "rows_mixed": (lambda self, x: _rows_mixed(x), "ACTIVATION"),
-    "columns_rolled": (lambda self, x: _rolled(x), "ACTIVATION"),
     "other_halves": (lambda self, x: _thirds(x), "LAYOUT"),
     "odd_columns_only": (lambda self, x: _other_columns(x), "ACTIVATION"),
     "third_power": (_halves(lambda g, u: F.relu(g) ** 1.5 * u), "ACTIVATION"),

@@ -37,6 +37,8 @@ FUNCTIONS: dict[object, str] = {
     aten.sub.Tensor: "sub",
     aten.sub.Scalar: "sub",
 }
+# What only a first projection, or a cut through one, can be: this one was not recognised.
+_RESULTS = {aten.mm.default, aten.bmm.default, aten.view.default, aten.slice.Tensor}
 _CASTS = {dtype: name for name, dtype in CASTS.items()}
 
 # What a first projection has bound, or None where a node is not the result of one.
@@ -128,6 +130,10 @@ def _function(node: fx.Node, hidden: fx.Node) -> tuple[str, list[Any]]:
         return {"none": "gelu", "tanh": "gelu_tanh"}[str(kind)], []
     elif node.target in FUNCTIONS and not node.kwargs:
         return FUNCTIONS[node.target], []
+    if node.target in _RESULTS:
+        raise Refusal(
+            Code.SPELLING, "the experts' first projection does not read its own tokens", where
+        )
     raise Refusal(
         Code.ACTIVATION,
         f"`{name_of(node)}` between the two projections of an expert is not supported",

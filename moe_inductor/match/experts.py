@@ -22,7 +22,7 @@ from moe_inductor.match.activation import Gated, read_activation
 from moe_inductor.match.api import ExpertsSpelling, combinations
 from moe_inductor.match.bind import Bound, Weight, check_experts
 from moe_inductor.match.loop import Group, Iteration, group_iterations
-from moe_inductor.match.pieces import PROJECTIONS, Pieces, Shapes, experts_pieces
+from moe_inductor.match.pieces import PROJECTIONS, Pieces, Shapes, experts_pieces, unviewed
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.canonical import Canonical, Folded
 from moe_inductor.region.nodes import location, value
@@ -122,6 +122,7 @@ class _Attempt:
 
     def _projection(self, node: fx.Node, which: str) -> dict[str, Any] | None:
         """What ``node``, a projection's result, is made of; None where it is something else."""
+        node = unviewed(node)
         for number, projection in enumerate(PROJECTIONS):
             pieces = self.pieces(number)
             assert pieces is not None

@@ -187,10 +187,17 @@ def _experts_pieces(
     return Pieces(
         upper=_pattern(root, cuts),
         second=_pattern(
-            mark.args[0], {**routing, hole: "hidden", down: "weight", down_bias: "bias"}
+            unviewed(mark.args[0]), {**routing, hole: "hidden", down: "weight", down_bias: "bias"}
         ),
-        first=_pattern(hole.args[0], {**routing, gate_up: "weight", gate_up_bias: "bias"}),
+        first=_pattern(
+            unviewed(hole.args[0]), {**routing, gate_up: "weight", gate_up_bias: "bias"}
+        ),
     )
+
+
+def unviewed(node: Any) -> fx.Node:
+    """A projection's result before a view of it: in the normal form, that is one with the view that follows."""
+    return node.args[0] if node.target is torch.ops.aten.view.default else node
 
 
 def _start_of_sum(root: fx.Node, mark: fx.Node) -> fx.Node:

@@ -32,7 +32,7 @@ def propose_routers(
                 device=value(weights).device,
                 num_tokens=1 if isinstance(tokens, int) and tokens == 1 else 7,
                 top_k=1 if bound.moe.top_k == 1 else 2,
-                autocast=canonical.autocast,
+                autocast=canonical.router_autocast,
             )
             pattern, root = router_piece(spelling, tuple(sorted(facts.items())), shapes)
             if weights.target is not root:

@@ -19,7 +19,7 @@ from moe_inductor.match.bind import Bound, BoundRouter
 from moe_inductor.prove.expressions import Numbering, describe
 from moe_inductor.prove.reference import DescribedExperts, Projection
 from moe_inductor.reasons import Code, Refusal
-from moe_inductor.region.canonical import Canonical, trace
+from moe_inductor.region.canonical import Autocast, Canonical, trace
 from moe_inductor.region.nodes import value
 from moe_inductor.region.normalise import normalise
 
@@ -27,7 +27,7 @@ from moe_inductor.region.normalise import normalise
 def prove_experts(canonical: Canonical, bound: Bound) -> None:
     """``bound.output`` equals the reference of its spelling.  Raises Refusal(PROOF) with the first difference."""
     inputs = [*bound.inputs(), *bound.index]
-    _same(canonical, [bound.output], inputs, reference_of(bound), Code.PROOF)
+    _same(canonical, [bound.output], inputs, reference_of(bound), canonical.autocast, Code.PROOF)
 
 
 def prove_router(canonical: Canonical, bound: Bound, router: BoundRouter) -> None:
@@ -37,7 +37,8 @@ def prove_router(canonical: Canonical, bound: Bound, router: BoundRouter) -> Non
         return router.spelling.reference(router_logits, bound.moe.top_k, **router.facts)
 
     outputs = [bound.topk_weights, bound.topk_ids]
-    _same(canonical, outputs, [router.logits], reference, Code.ROUTER)
+    autocast = canonical.router_autocast
+    _same(canonical, outputs, [router.logits], reference, autocast, Code.ROUTER)
 
 
 def reference_of(bound: Bound) -> Callable[..., torch.Tensor]:
@@ -77,12 +78,13 @@ def _same(
     outputs: Sequence[fx.Node],
     inputs: Sequence[fx.Node],
     reference: Callable[..., Any],
+    autocast: Autocast | None,
     code: Code,
 ) -> None:
     where = canonical.source_of(outputs[0])
     try:
         values = [value(n) for n in inputs]
-        traced = trace(reference, values, canonical.fake_mode, canonical.autocast)
+        traced = trace(reference, values, canonical.fake_mode, autocast)
     except Exception as error:
         text = str(error).strip().splitlines()
         raise Refusal(

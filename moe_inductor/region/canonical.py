@@ -54,8 +54,9 @@ class Canonical:
     """module, graph: the normal form, one placeholder per tensor input of the region; only read, never run.
     dynamo_of: for a normal-form node, the Dynamo nodes that hold its value once the region has run, inputs included.
     fake_mode: where to trace references that are to be compared with ``graph``.
-    grad_enabled, autocast: under what the experts run.
-    router_refusal: why the router must stay, when it runs under something else.
+    grad_enabled: grad mode of the experts.  router_refusal: why the router must stay, when it runs under another.
+    autocast, router_autocast: under what references are to be traced.  The casts of autocast are written out in
+        ``graph``, so that what the proof finds equal is equal, whatever runs under which.
     folded: what stands for passes of a loop that were not traced (``region/fold.py``).
     """
 
@@ -65,6 +66,7 @@ class Canonical:
     fake_mode: FakeTensorMode
     grad_enabled: bool
     autocast: Autocast | None
+    router_autocast: Autocast | None
     router_refusal: Refusal | None
     folded: Folded | None = None
 
@@ -87,10 +89,10 @@ class Canonical:
 def canonicalise(gm: fx.GraphModule, region: Region, folds: Fold | None = None) -> Canonical:
     """Trace ``region``, or what ``folds`` keeps of it.
 
-    Raises Refusal (MUTATION, GRAD_STATE, AUTOCAST, CANONICALISE).
+    Raises Refusal (MUTATION, GRAD_STATE, CANONICALISE).
     """
     states = _states(region)
-    (grad_enabled, autocast), router_refusal = _one_state(region, states)
+    grad_enabled, router_refusal = _one_grad_mode(region, states)
     _no_foreign_mutation(region)
     fake_mode = _fake_mode(region)
     runner = _Runner(gm, region, folds, states)
@@ -122,7 +124,15 @@ def canonicalise(gm: fx.GraphModule, region: Region, folds: Fold | None = None) 
         of_pass = {inputs[w]: tuple(inputs[n] for n in ws) for w, ws in folds.weights.items()}
         folded = Folded(folds.ids, of_pass)
     return Canonical(
-        region, module, dynamo_of, fake_mode, grad_enabled, autocast, router_refusal, folded
+        region,
+        module,
+        dynamo_of,
+        fake_mode,
+        grad_enabled,
+        states[region.anchor].autocast,
+        states[region.root].autocast,
+        router_refusal,
+        folded,
     )
 
 
@@ -274,35 +284,26 @@ def _entered(node: fx.Node) -> Autocast | None:
     return Autocast(str(device), dtype or torch.get_autocast_dtype(str(device)))  # type: ignore[arg-type]
 
 
-def _one_state(region: Region, states: dict[fx.Node, State]) -> tuple[State, Refusal | None]:
-    """The experts run under one grad mode and one autocast; returns them, and a refusal of the router if
-    it runs under another.
+def _one_grad_mode(region: Region, states: dict[fx.Node, State]) -> tuple[bool, Refusal | None]:
+    """The experts run under one grad mode; returns that mode, and a refusal of the router if it runs under another.
 
     A value computed under ``torch.no_grad()`` inside a block that trains has no gradient; a fused one would have it.
     """
     position = {node: i for i, node in enumerate(region.graph.nodes)}
-    router: dict[State, fx.Node] = {}
-    experts: dict[State, fx.Node] = {}
+    router: dict[bool, fx.Node] = {}
+    experts: dict[bool, fx.Node] = {}
     for node in region.nodes:
         if is_floating(node):
             # The root belongs to the router: ids are often chosen without gradients.
             part = router if position[node] <= position[region.root] else experts
-            part.setdefault(states[node], node)
-    if len({state.grad_enabled for state in experts}) > 1:
-        off = next(node for state, node in experts.items() if not state.grad_enabled)
-        raise Refusal(Code.GRAD_STATE, "", location(off))
+            part.setdefault(states[node].grad_enabled, node)
     if len(experts) > 1:
-        raise Refusal(Code.AUTOCAST, "", location(list(experts.values())[-1]))
-    state = next(iter(experts), State(True, None))
-    if not router or list(router) == [state]:
-        return state, None
-    other = next((node for found, node in router.items() if found != state), region.root)
-    grads = {found.grad_enabled for found in router} | {state.grad_enabled}
-    if len(grads) > 1:
-        return state, Refusal(Code.GRAD_STATE, "the router mixes grad modes", location(other))
-    return state, Refusal(
-        Code.AUTOCAST, "the router runs under another autocast than the experts", location(other)
-    )
+        raise Refusal(Code.GRAD_STATE, "", location(experts[False]))
+    mode = next(iter(experts), True)
+    if not router or list(router) == [mode]:
+        return mode, None
+    other = router.get(not mode, region.root)
+    return mode, Refusal(Code.GRAD_STATE, "the router mixes grad modes", location(other))
 
 
 def _no_foreign_mutation(region: Region) -> None:

@@ -383,7 +383,7 @@ def _nonzero(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 
 
 @rule(aten.sum.dim_IntList, aten.sum.default, aten.any.default)
-def _count(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+def _count(out: Emitter, node: fx.Node, args: tuple[Any, ...], kwargs: dict) -> Any:
     """sum(permute(x, p), dims) = sum(x, p[dims]) for integers, where at most one dimension is left
     sum(x, every dimension) = sum(x);  sum(view(x)) = sum(x);  any(permute(x)) = any(view(x)) = any(x)
     sum(cast(b, int64)) = sum(b);  any(cast(b)) = any(b) for a boolean b: integers add up in any order"""
@@ -393,7 +393,7 @@ def _count(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     if made.dim() > 1 or len(args) > 2:
         return None
     rank = value(base).dim()
-    dims = sorted(range(rank) if made.dim() == 0 else (d % rank for d in args[-1]))
+    dims = sorted(range(rank) if made.dim() == 0 else (d % rank for d in list(args)[1]))
     while base.target in (aten._to_copy.default, aten.permute.default, aten.view.default):
         inner = node_arg(base, 0)
         if base.target is aten.permute.default:
