@@ -49,14 +49,21 @@ class Visited:
 class Rolled:
     """``for e in rows`` was traced once, for an ``e`` that stands for each of ``0 .. count - 1``.
 
-    index: the node ``expert_index(rows, count)`` whose value is ``e``.  The op raises if it is run.
-    passes: the one pass for ``e``, and, if ``last``, a second one that was traced for the number
+    indices: the node ``expert_index(rows, count)`` whose value is ``e``.  The op raises if it is run.
+    passes: the one pass for ``e``, and, if ``last``, a final one that was traced for the number
     ``count``: the row after the experts that some models have, for tokens of other devices.
 
-    What is already known: Python would have done the same for every ``e`` (it only ever knew the
-    range), no local outlives a pass, nothing is appended to a list, and no object is changed.  So the
-    pass is what eager executes for each row, if one puts the row's value for ``index``, and passes can
-    only meet in tensors that are older than the loop.
+    If experts are modules of a list, the loop is traced twice (``indices`` and ``passes`` have one more), with
+    expert 0 in the first pass and expert 1 in the second.  ``experts`` has the inputs: for expert ``e``,
+    ``experts[e][p]`` stands where ``experts[0][p]`` does in the first pass.  The node ``kept``
+    reads them all.  What is already known: the second pass is the first with the inputs of expert 1, and
+    every other expert gives the first with its own; guards see to it that this stays so.
+
+    What is already known in any case: Python would have done the same for every ``e`` (it only ever
+    knew the range), no local outlives a pass, nothing is appended to a list, and no object is changed.
+    So the first pass is what eager executes for each row, if one puts the row's value for the index and
+    the expert's inputs for those of expert 0, and passes can only meet in tensors that are older than the
+    loop.
 
     Right only if ``rows`` holds distinct values out of those (and ``count``, if ``last``), in ascending
     order; a pass whose value is not in ``rows`` changes nothing; and the only thing that a pass does to
@@ -65,11 +72,13 @@ class Rolled:
     that is altered, a sum that is scaled) would make the second pass another function than the first.
     """
 
-    index: torch.fx.Node
+    indices: list[torch.fx.Node]
     count: int
     last: bool
     location: str
     passes: list[Pass] = dataclasses.field(default_factory=list)
+    experts: list[list[torch.fx.Node]] = dataclasses.field(default_factory=list)
+    kept: list[torch.fx.Node] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

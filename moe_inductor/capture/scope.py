@@ -98,6 +98,7 @@ class _Frame:
         default_factory=set
     )  # loops that need each expert's number
     sentinels: set[str] = dataclasses.field(default_factory=set)  # loops whose last row is none
+    paired: set[str] = dataclasses.field(default_factory=set)  # loops over experts that are modules
     given_up: Reason | None = None  # why the level went down, the first time
 
 
@@ -113,9 +114,9 @@ class Attempt:
     restarted: bool = False  # a restart was raised; somebody may have caught it
     read_a_number: bool = False  # Tensor.item() was traced, which need not leave a node behind
     assumptions: list[Assumption] = dataclasses.field(default_factory=list)
-    rolled: dict[Any, Rolled] = dataclasses.field(
-        default_factory=dict
-    )  # by the symbol of the index
+    # By the symbol of the index: its loop, and in which of the loop's passes it is.
+    rolled: dict[Any, tuple[Rolled, int]] = dataclasses.field(default_factory=dict)
+    indexed: dict[Any, Any] = dataclasses.field(default_factory=dict)  # alike.Indexed
     regions: list[Any] = dataclasses.field(default_factory=list)  # purity.Region
 
 
@@ -278,6 +279,14 @@ def split_last(location: str) -> NoReturn:
     attempt = _state.attempt
     assert attempt is not None
     attempt.frame.sentinels.add(location)
+    raise _restart(attempt, next_level=attempt.level)
+
+
+def pair(location: str) -> NoReturn:
+    """The loop at ``location`` is one over modules: trace this frame again, and it with two of them."""
+    attempt = _state.attempt
+    assert attempt is not None
+    attempt.frame.paired.add(location)
     raise _restart(attempt, next_level=attempt.level)
 
 

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import torch
 
 from moe_inductor import _compat
-from moe_inductor.capture import emptiness, purity, rolled, scope
+from moe_inductor.capture import alike, emptiness, purity, rolled, scope
 from moe_inductor.capture.assumptions import Kept, Length, NonEmpty, Rolled, Tested, Visited
 from moe_inductor.capture.marker import keep
 from moe_inductor.reasons import Code, Reason
@@ -169,6 +169,7 @@ def _listed(number: int, dims: int) -> Any:
 def _step(original: Any, attempt: scope.Attempt, tx: Any) -> Any:
     """One instruction of the model.  What lies on the stack is answered before Dynamo looks at it."""
     pointer = tx.instruction_pointer
+    then = None
     if pointer is not None and tx.stack:
         coming = tx.instructions[pointer]
         wrong = _looks_for_a_number(tx.stack, coming)
@@ -178,8 +179,11 @@ def _step(original: Any, attempt: scope.Attempt, tx: Any) -> Any:
             why = "a number that depends on the data is looked for in a list"
             scope.stop_capturing(Reason(Code.CONTROL_FLOW, why, _short(_location(tx, coming))))
         if scope.speculating() is not None:
-            _before(attempt, tx, coming)
-    return original(tx)
+            then = _before(attempt, tx, coming)
+    result = original(tx)
+    if then is not None:
+        then()
+    return result
 
 
 def _looks_for_a_number(stack: list[Any], coming: Any) -> list[Any]:
@@ -197,15 +201,26 @@ def _looks_for_a_number(stack: list[Any], coming: Any) -> list[Any]:
     return [value for value in operands if isinstance(value, _compat.SymNodeVariable)]
 
 
-def _before(attempt: scope.Attempt, tx: Any, coming: Any) -> None:
+def _before(attempt: scope.Attempt, tx: Any, coming: Any) -> Callable[[], None] | None:
+    """What to do before the instruction.  Returns what to do after it."""
     if coming.opname.startswith("POP_JUMP"):
         _answer_test(attempt, tx, coming)
     elif coming.opname == "GET_ITER" and type(tx.stack[-1]) is Hits:
         _iterate(attempt, tx, coming)
     elif coming.opname in ("BINARY_SUBSCR", "BINARY_OP", "COMPARE_OP", "CALL"):
+        then = _index_modules(attempt, tx) if _is_subscript(coming) and attempt.rolled else None
+        if then is not None:
+            return then
         _use_of_rolled(tx, coming)
     if coming.opname == "CALL" and any(_function_of(f) is len for f in tx.stack[-3:-1]):
         _note_length_of_pieces(attempt, tx.stack[-1], _location(tx, coming))
+    return None
+
+
+def _is_subscript(instruction: Any) -> bool:
+    return instruction.opname == "BINARY_SUBSCR" or (
+        instruction.opname == "BINARY_OP" and instruction.arg == _SUBSCRIPT
+    )
 
 
 def _use_of_rolled(tx: Any, coming: Any) -> None:
@@ -223,7 +238,7 @@ def _use_of_rolled(tx: Any, coming: Any) -> None:
             stack[-1] = right.number
         return
     beside_tensor = any(isinstance(value, _compat.TensorVariable) for value in stack[-2:])
-    if coming.opname == "BINARY_SUBSCR" or (coming.opname, coming.arg) == ("BINARY_OP", _SUBSCRIPT):
+    if _is_subscript(coming):
         if rows[-1] is right and beside_tensor:
             if right.dims:  # x[e] with e of shape [1] keeps the dimension
                 one = _compat.ConstantVariable.create(1)
@@ -329,13 +344,69 @@ def _roll(
     count = bound - 1 if last else bound
     if count < rolled.MIN_EXPERTS:
         return None
-    node, number = rolled.make_index(tx, rows, count)
-    assumption = Rolled(node, count, last, location, region.passes)
+    assumption = Rolled([], count, last, location, region.passes)
     attempt.assumptions.append(assumption)
-    attempt.rolled[number.sym_num.node.expr] = assumption
+    elements: list[Any] = []
+    for traced in range(2 if location in frame.paired else 1):
+        node, number = rolled.make_index(tx, rows, count)
+        assumption.indices.append(node)
+        attempt.rolled[number.sym_num.node.expr] = (assumption, traced)
+        elements.append(rolled.RolledIndex(number, dims, lambda use: scope.unroll(location)))
     region.rolled = True
-    row = rolled.RolledIndex(number, dims, lambda use: scope.unroll(location))
-    return [row, ExpertIndex(bound - 1, dims)] if last else [row]
+    if len(elements) > 1:
+        region.on_close = functools.partial(_lift_experts, attempt, tx, assumption)
+    return [*elements, ExpertIndex(bound - 1, dims)] if last else elements
+
+
+def _index_modules(attempt: scope.Attempt, tx: Any) -> Callable[[], None] | None:
+    """``self.experts[e]`` for a list of modules: trace it for a representative."""
+    key = tx.stack[-1]
+    number = key.number if isinstance(key, rolled.RolledIndex) else key
+    if not isinstance(number, _compat.SymNodeVariable) or not isinstance(
+        number.sym_num, torch.SymInt
+    ):
+        return None
+    found = attempt.rolled.get(number.sym_num.node.expr)
+    if found is None:
+        return None
+    container = tx.stack[-2].realize() if hasattr(tx.stack[-2], "realize") else tx.stack[-2]
+    modules = getattr(container, "value", None)
+    if type(modules) is not torch.nn.ModuleList:
+        return None
+    loop, traced = found
+    if loop.location not in attempt.frame.paired:
+        scope.pair(loop.location)
+    if len(modules) < loop.count or tx.output.current_tracer.parent is not None:
+        scope.unroll(loop.location)
+    tx.stack[-1] = _compat.ConstantVariable.create(traced)
+    indexed = attempt.indexed.setdefault((loop, id(modules)), alike.Indexed(modules))
+
+    def note_source() -> None:
+        try:
+            source = alike.source_of(tx.stack[-1], traced)
+        except alike.Unlike:
+            scope.unroll(loop.location)
+        if indexed.sources.setdefault(traced, source) != source:
+            scope.unroll(loop.location)
+
+    return note_source
+
+
+def _lift_experts(attempt: scope.Attempt, tx: Any, loop: Rolled) -> None:
+    """The two passes of a loop over modules have been traced."""
+    of_loop = [indexed for (where, _), indexed in attempt.indexed.items() if where is loop]
+    try:
+        lifted = [alike.lift(tx, indexed, loop.count) for indexed in of_loop]
+    except alike.Unlike:
+        scope.unroll(loop.location)
+    loop.experts.extend(
+        [node for each in lifted for node in each[number]] for number in range(loop.count)
+    )
+    renamed = dict(zip(loop.experts[0], loop.experts[1], strict=True))
+    renamed[loop.indices[0]] = loop.indices[1]
+    if not alike.same_pass(loop.passes[0].nodes, loop.passes[1].nodes, renamed):
+        scope.unroll(loop.location)
+    loop.kept.append(alike.keep(tx, loop.experts))
 
 
 def _rolled_loops(attempt: scope.Attempt, number: Any) -> list[Rolled]:
@@ -343,7 +414,7 @@ def _rolled_loops(attempt: scope.Attempt, number: Any) -> list[Rolled]:
     if not attempt.rolled or not isinstance(number, (torch.SymInt, torch.SymBool, torch.SymFloat)):
         return []
     symbols = number.node.expr.free_symbols
-    return [loop for symbol, loop in attempt.rolled.items() if symbol in symbols]
+    return [loop for symbol, (loop, _) in attempt.rolled.items() if symbol in symbols]
 
 
 def _unroll_if_rolled(attempt: scope.Attempt, number: Any) -> None:
@@ -477,9 +548,7 @@ def _use_of_number(dims: int) -> str | None:
     """None if the instruction being traced may use the number in place of the tensor."""
     tx = _innermost()
     opname = tx.current_instruction.opname
-    if opname == "BINARY_SUBSCR" or (
-        opname == "BINARY_OP" and tx.current_instruction.arg == _SUBSCRIPT
-    ):
+    if _is_subscript(tx.current_instruction):
         return None
     if (
         opname == "COMPARE_OP"

@@ -32,7 +32,7 @@ class Executor(fx.Interpreter):
 
     def __init__(self, gm: fx.GraphModule, loops: list[Rolled]) -> None:
         super().__init__(gm, garbage_collect_values=False)
-        self.loops = {loop.index: loop for loop in loops}
+        self.loops = {loop.indices[0]: loop for loop in loops}
         self.inside = {node for loop in loops for one in loop.passes for node in one.nodes}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -44,11 +44,11 @@ class Executor(fx.Interpreter):
         return self if of_a_pass else super().run_node(n)
 
     def run_loop(self, loop: Rolled) -> Any:
-        rows = self.env[loop.index.args[0]].flatten().tolist()
+        rows = self.env[loop.indices[0].args[0]].flatten().tolist()
         for value in rows:
             is_last = loop.last and value == loop.count
-            self.env[loop.index] = value
-            for node in loop.passes[1 if is_last else 0].nodes:
+            self.env[loop.indices[0]] = value
+            for node in loop.passes[-1 if is_last else 0].nodes:
                 if not node._erased and node.op != "output":
                     self.env[node] = super().run_node(node)
         return self
