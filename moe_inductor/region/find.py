@@ -71,7 +71,7 @@ _ROUTER_LIMIT = 64
 class Region:
     """One candidate block.
 
-    nodes: members in graph order.  inputs: nodes outside that members read.
+    nodes: members in graph order.  inputs: nodes outside that members read, or passes of a loop that were not traced.
     root: what chose the experts.  anchor: the first node that made us look.
     """
 
@@ -79,6 +79,7 @@ class Region:
     nodes: list[fx.Node]
     root: fx.Node
     anchor: fx.Node
+    read_by_others: list[fx.Node] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.refresh()
@@ -89,7 +90,7 @@ class Region:
         self.nodes = [n for n in self.nodes if n in alive]
         members = set(self.nodes)
         read = [a for n in self.nodes for a in n.all_input_nodes if a not in members]
-        self.inputs = list(dict.fromkeys(read))
+        self.inputs = list(dict.fromkeys((*read, *self.read_by_others)))
 
     @property
     def location(self) -> str:

@@ -29,7 +29,6 @@ from moe_inductor.prove.prove import prove_experts, prove_router
 from moe_inductor.reasons import Code, Reason, Refusal
 from moe_inductor.region.canonical import Canonical, canonicalise
 from moe_inductor.region.find import Region, find_regions, looks_like_moe, router_only
-from moe_inductor.region.fold import fold
 from moe_inductor.region.nodes import location, value
 from moe_inductor.rewrite.replace import Rewriter
 from moe_inductor.rewrite.support import check_support
@@ -86,7 +85,7 @@ def _fuse_region(
     before = len(region.nodes)
     try:
         with _timed(report, "canonical"):
-            canonical = canonicalise(gm, region, fold(region, assumed.guards(region)))
+            canonical = canonicalise(gm, region, assumed.fold(region))
         blocks, refused = _prove_blocks(canonical, report, assumed)
     except Refusal as refusal:
         report.blocks.append(_not_fused(region, [refusal]))
