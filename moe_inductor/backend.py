@@ -24,6 +24,7 @@ from torch.fx import Graph, GraphModule
 import moe_inductor as package
 from moe_inductor import _compat
 from moe_inductor.capture import scope
+from moe_inductor.capture.assumptions import Assumption
 from moe_inductor.debug import dump
 from moe_inductor.debug.log import announce, log
 from moe_inductor.debug.report import CompileReport
@@ -97,7 +98,7 @@ class MoEInductor:
 
     def _dynamo_backend_init(self) -> None:
         """Called by torch >= 2.15 when torch.compile() resolves the backend; older ones import this module then."""
-        scope.install(self)
+        scope.install(self, speculate=True)
 
     def _inductor(
         self, mode: str | None, options: dict[str, Any], name: str | None
@@ -114,7 +115,10 @@ class MoEInductor:
         try:
             from moe_inductor.rewrite.pipeline import fuse_moe_blocks
 
-            fuse_moe_blocks(gm, report, options)
+            assumed = fuse_moe_blocks(gm, report, options, scope.assumptions(), scope.given_up())
+            if report.fused and assumed:
+                # Captured once more, without the loops that nobody could vouch for.
+                scope.distrust(_unproved(report, assumed[0]), {a.location for a in assumed})
             if report.fused:
                 gm.graph.lint()
                 gm.recompile()
@@ -132,15 +136,15 @@ class MoEInductor:
         if report.blocks and (self.dry_run or dump.wanted(options.dump)):
             report.graph_before = captured.text(gm)
             report.graph_after = gm.print_readable(print_output=False)
-        if self.dry_run:
-            captured.restore()
+        if self.dry_run and not (report.fused and scope.assumptions()):
+            captured.restore()  # else only what was rewritten is proved to be what the model means
 
     def _decline(self, gm: GraphModule, report: CompileReport) -> None:
         """Nothing was fused: have the frame captured once more as stock if our capture may have changed it."""
         if scope.changed_capture(gm):
             self._declined = report
             reason = report.refused[0].reason if report.refused else None
-            scope.decline(reason or Reason(Code.CONTROL_FLOW, "nothing was fused"))
+            scope.decline(reason)
         # Here again, or never declined.  Stock capture tends to cut an MoE into pieces that no longer look like one:
         # then what was refused before is the news.
         declined, self._declined = self._declined, None
@@ -176,6 +180,13 @@ class MoEInductor:
             "`python -m moe_inductor info` prints the versions.",
             text,
         )
+
+
+def _unproved(report: CompileReport, assumption: Assumption) -> Reason:
+    """Why a speculated loop next to fused ones was in vain."""
+    reasons = [block.reason for block in report.refused if block.reason is not None]
+    default = Reason(Code.ASSUMPTION, "", os.path.basename(assumption.location))
+    return next(iter(reasons), default)
 
 
 class _Snapshot:
@@ -243,4 +254,4 @@ except ModuleNotFoundError as error:
     ) from error
 
 moe_inductor = MoEInductor()
-scope.install(moe_inductor)
+scope.install(moe_inductor, speculate=True)

@@ -30,6 +30,7 @@ class Code(enum.Enum):
     ROUTER = "router not recognised"
     # prove/
     PROOF = "the block is not equal to the reference"
+    ASSUMPTION = "what capture assumed about the data does not hold"
     # rewrite/ and ops/
     DTYPE = "dtype not supported"
     DEVICE = "device not supported"

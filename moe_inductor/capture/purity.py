@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from moe_inductor import _compat
+from moe_inductor.capture.assumptions import Pass
 
 _NO_FALL_THROUGH = {
     "RETURN_VALUE",
@@ -68,6 +69,7 @@ class Region:
 
     tx: Any  # the instruction translator of the frame
     kind: str
+    location: str
     body: frozenset[int]  # ids of instructions
     joins: frozenset[int]  # where control may go from the body
     header: int | None  # a loop: the FOR_ITER that it comes back to
@@ -75,9 +77,12 @@ class Region:
     inside: bool
     older: dict[int, Any] = dataclasses.field(default_factory=dict)
     closed: bool = False
+    passes: list[Pass] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.check_carried(f"before the {self.kind}")
+        if self.inside:
+            self._enter()
         self.older = _objects_in_reach(self.tx)
         self._state = _interpreter_state(self.tx)
         self._iterators = _positions(self.older.values())
@@ -85,6 +90,11 @@ class Region:
     def running(self) -> bool:
         """Is an instruction of the body being executed, or something that it called?"""
         return not self.closed and id(self.tx.current_instruction) in self.body
+
+    def note(self, node: torch.fx.Node) -> None:
+        """``node`` was just made, somewhere.  An input is no computation, wherever it is first read."""
+        if node.op.startswith("call") and self.running():
+            self.passes[-1].nodes.append(node)
 
     def check_mutation(self, item: Any) -> None:
         """``item`` is about to be changed, somewhere."""
@@ -102,6 +112,13 @@ class Region:
             if type(value) is not _compat.TensorVariable:
                 raise Impure(f"loop-carried state `{name}`, which is not a tensor {when}")
 
+    def _carried_nodes(self) -> dict[str, torch.fx.Node]:
+        held = {name: self.tx.symbolic_locals[name] for name in sorted(self.carried)}
+        return {name: variable.realize().as_proxy().node for name, variable in held.items()}
+
+    def _enter(self) -> None:
+        self.passes.append(Pass(before=self._carried_nodes()))
+
     def after_step(self) -> None:
         """The frame has executed one instruction."""
         pointer = self.tx.instruction_pointer
@@ -111,10 +128,13 @@ class Region:
             if coming not in self.joins:
                 raise Impure("it is left through an exception")
             self.check_carried(f"after the {self.kind}")
+            self.passes[-1].after.update(self._carried_nodes())
             if _interpreter_state(self.tx) != self._state:
                 raise Impure("random numbers are drawn or a global mode is changed")
             if any(_position(it) != position for it, position in self._iterators):
                 raise Impure("an iterator from outside is advanced")
+        if inside and not self.inside:
+            self._enter()
         self.inside = inside
         self.closed = not inside and (self.header is None or coming != self.header)
 
@@ -161,7 +181,7 @@ def _watch_generator(
     generator.step = checked_step
 
 
-def loop_region(tx: Any) -> Region:
+def loop_region(tx: Any, location: str) -> Region:
     """The body of the ``for`` whose GET_ITER ``tx`` is executing."""
     code = _Bytecode(tx.instructions)
     header = code.index[id(tx.current_instruction)] + 1
@@ -175,6 +195,7 @@ def loop_region(tx: Any) -> Region:
     return Region(
         tx,
         "loop",
+        location,
         body=code.ids(body),
         joins=code.ids([header]),
         header=id(tx.instructions[header]),
@@ -183,7 +204,7 @@ def loop_region(tx: Any) -> Region:
     )
 
 
-def branch_region(tx: Any, truth: bool) -> Region:
+def branch_region(tx: Any, truth: bool, location: str) -> Region:
     """What is executed only because the test at the conditional jump of ``tx`` is ``truth``."""
     code = _Bytecode(tx.instructions)
     jump = code.index[id(tx.current_instruction)]
@@ -203,6 +224,7 @@ def branch_region(tx: Any, truth: bool) -> Region:
     return Region(
         tx,
         "branch",
+        location,
         body=code.ids(body),
         joins=code.ids([join]),
         header=None,

@@ -25,7 +25,7 @@ import inspect
 import logging
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -88,6 +88,10 @@ class _Frame:
     where: str
     tensorify_state: frozenset[str]
     level: Level
+    distrusted: set[str] = dataclasses.field(
+        default_factory=set
+    )  # where nothing is assumed any more
+    given_up: Reason | None = None  # why the level went down, the first time
 
 
 @dataclasses.dataclass
@@ -166,14 +170,16 @@ def changed_capture(gm: torch.fx.GraphModule) -> bool:
     return _flags_mattered(attempt, fake_mode.shape_env if fake_mode is not None else None)
 
 
-def decline(reason: Reason) -> None:
+def decline(reason: Reason | None) -> None:
     """What was captured is of no use: trace this frame again.  Called in the compile call.
 
-    If assumptions were made the next attempt makes none, otherwise it is stock.  Does not return
-    while ``active()``; otherwise there is nothing to undo, and the reason is only noted.
+    reason: the user's answer to why, when there is one.  If assumptions were made the next attempt
+    makes none, otherwise it is stock.  Does not return while ``active()``; otherwise there is nothing
+    to undo, and the reason is only noted.
     """
     attempt = _state.attempt
-    _note(reason, attempt.frame.where if attempt is not None else "")
+    if reason is not None:
+        _note(reason, attempt.frame if attempt is not None else None)
     if attempt is not None and attempt.level > Level.STOCK:
         raise _restart(attempt)
 
@@ -196,6 +202,12 @@ def final(error: ErrorT) -> ErrorT:
     """Mark an error of the compile call that has to reach the user, not end in a stock retry."""
     error.moe_inductor_final = True  # type: ignore[attr-defined]
     return error
+
+
+def given_up() -> Reason | None:
+    """Why the frame being compiled is not captured as far as it might have been; None if it is."""
+    attempt = _state.attempt
+    return attempt.frame.given_up if attempt is not None else None
 
 
 def take_decline_reasons() -> list[Reason]:
@@ -221,12 +233,14 @@ def speculating() -> Attempt | None:
     return attempt if attempt is not None and attempt.level is Level.SPECULATE else None
 
 
-def stop_speculating(reason: Reason) -> NoReturn:
-    """An assumption would not be safe: trace this frame again without any."""
+def distrust(reason: Reason, locations: Collection[str]) -> NoReturn:
+    """The assumptions made at ``locations`` are not safe: trace this frame again without them."""
     attempt = _state.attempt
     assert attempt is not None
-    _note(reason, attempt.frame.where)
-    raise _restart(attempt, next_level=Level.FLAGS)
+    _note(reason, attempt.frame)
+    new = set(locations) - attempt.frame.distrusted
+    attempt.frame.distrusted |= new
+    raise _restart(attempt, next_level=attempt.level if new else Level.FLAGS)
 
 
 def _wrap_trace_frame() -> bool:
@@ -239,7 +253,7 @@ def _wrap_trace_frame() -> bool:
             f"torch {torch.__version__}: expert loops are captured only as far as stock does"
         )
         return False
-    _compat.SubgraphTracer.create_node = _noting_numbers(_compat.SubgraphTracer.create_node)
+    _compat.SubgraphTracer.create_node = _noting_nodes(_compat.SubgraphTracer.create_node)
     _compat.dynamo_convert_frame.trace_frame = _wrapper(original)
     return True
 
@@ -280,13 +294,15 @@ def _wrapper(original: Callable[..., Any]) -> Callable[..., Any]:
             except _compat.dynamo_exc.RestartAnalysis:
                 raise
             except Exception as error:
+                if attempt.level is Level.STOCK and frame.given_up is not None:
+                    _explain(error, frame.given_up)
                 if (
                     attempt.level is Level.STOCK
                     or _must_reach_user(error)
                     or not _may_pass_as_stock(attempt, error)
                 ):
                     raise
-                _note(_reason_of(error), frame.where)
+                _note(_reason_of(error), frame)
                 raise _restart(attempt) from error
             if frame.level < attempt.level:  # somebody inside Dynamo caught our restart
                 raise _restart(attempt, next_level=frame.level)
@@ -296,14 +312,21 @@ def _wrapper(original: Callable[..., Any]) -> Callable[..., Any]:
     return trace_frame
 
 
-def _noting_numbers(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Dynamo erases ``item`` nodes whose value it knows, so they are noted when they are made."""
+def _noting_nodes(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Dynamo erases ``item`` nodes whose value it knows, so they are noted when they are made; and a
+    region of speculated code wants to know what was made in it.
+    """
 
     @functools.wraps(original)
     def create_node(self: Any, op: str, target: Any, *args: Any, **kwargs: Any) -> Any:
-        if op == "call_method" and target == "item" and _state.attempt is not None:
-            _state.attempt.read_a_number = True
-        return original(self, op, target, *args, **kwargs)
+        node = original(self, op, target, *args, **kwargs)
+        attempt = _state.attempt
+        if attempt is not None:
+            if op == "call_method" and target == "item":
+                attempt.read_a_number = True
+            for region in attempt.regions:
+                region.note(node)
+        return node
 
     return create_node
 
@@ -397,10 +420,19 @@ def _restart(attempt: Attempt, next_level: Level | None = None) -> _Restart:
     return _Restart(restart_reason=f"moe_inductor: again as {next_level.name}")
 
 
-def _note(reason: Reason, where: str) -> None:
-    _state.reasons.append(
-        reason if reason.location else dataclasses.replace(reason, location=where)
-    )
+def _note(reason: Reason, frame: _Frame | None) -> None:
+    if frame is not None:
+        if not reason.location:
+            reason = dataclasses.replace(reason, location=frame.where)
+        frame.given_up = frame.given_up or reason
+    _state.reasons.append(reason)
+
+
+def _explain(error: Exception, reason: Reason) -> None:
+    """Dynamo's own error reaches the user; next to it stands why we could not do better."""
+    note = f"moe_inductor: {reason}"
+    if note not in getattr(error, "__notes__", ()):
+        error.add_note(note)
 
 
 def _must_reach_user(error: BaseException) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import builtins
 import functools
 import operator
+import os
 import sys
 from typing import Any, NoReturn
 
@@ -22,6 +23,7 @@ import torch
 from moe_inductor import _compat
 from moe_inductor.capture import purity, scope
 from moe_inductor.capture.assumptions import NonEmpty, Visited
+from moe_inductor.capture.marker import keep
 from moe_inductor.reasons import Code, Reason
 
 # A loop over more rows than this is hardly one over experts, and unrolling it takes minutes.
@@ -95,8 +97,12 @@ class ExpertIndex(_compat.ConstantVariable):
 
 
 def give_up(why: str, location: str = "") -> NoReturn:
-    """Capture the frame again without speculation."""
-    scope.stop_speculating(Reason(Code.CONTROL_FLOW, why, location or _location(_innermost())))
+    """Capture the frame again, without speculation at ``location`` and wherever we are inside of now."""
+    attempt = scope.speculating()
+    assert attempt is not None
+    around = {region.location for region in attempt.regions if not region.closed}
+    where = location or _location(_innermost())
+    scope.distrust(Reason(Code.CONTROL_FLOW, why, _short(where)), around | {where})
 
 
 @functools.cache
@@ -126,15 +132,20 @@ def _unpack(
     """``for e in rows``."""
     value = rows.proxy.node.meta.get("example_value")
     bound = _row_bound(value)
-    if bound is None or tx.current_instruction.opname != "GET_ITER":
-        return original(rows, tx, *args, **kw)
     location = _location(tx)
+    if (
+        bound is None
+        or tx.current_instruction.opname != "GET_ITER"
+        or location in attempt.frame.distrusted
+    ):
+        return original(rows, tx, *args, **kw)
     try:
-        region = purity.loop_region(tx)
+        region = purity.loop_region(tx, location)
     except purity.Impure as impure:
         give_up(f"for-loop over data-dependent rows: {impure}", location)
-    _open(attempt, region, location)
-    attempt.assumptions.append(Visited(rows.proxy.node, bound, location))
+    _open(attempt, region)
+    marker = keep(tx, rows)
+    attempt.assumptions.append(Visited(marker, bound, location, region.passes))
     return [ExpertIndex(i, value.dim() - 1) for i in range(bound)]
 
 
@@ -146,12 +157,14 @@ def _evaluate(original: Any, attempt: scope.Attempt, symbol: Any, output_graph: 
     size, truth = found
     tx = output_graph.current_tx
     location = _location(tx)
+    if location in attempt.frame.distrusted:
+        return original(symbol, output_graph)
     try:
-        region = purity.branch_region(tx, truth)
+        region = purity.branch_region(tx, truth, location)
     except purity.Impure as impure:
         give_up(f"test of a data-dependent size: {impure}", location)
-    _open(attempt, region, location)
-    attempt.assumptions.append(NonEmpty(size, location))
+    _open(attempt, region)
+    attempt.assumptions.append(NonEmpty(size, location, region.passes))
     return truth
 
 
@@ -164,10 +177,10 @@ def _check_mutation(original: Any, attempt: scope.Attempt, effects: Any, item: A
     return original(effects, item)
 
 
-def _open(attempt: scope.Attempt, region: purity.Region, location: str) -> None:
+def _open(attempt: scope.Attempt, region: purity.Region) -> None:
     attempt.regions[:] = [r for r in attempt.regions if not r.closed]
     attempt.regions.append(region)
-    purity.watch(region, lambda r, impure: give_up(f"{r.kind}: {impure}", location))
+    purity.watch(region, lambda r, impure: give_up(f"{r.kind}: {impure}", r.location))
 
 
 def _row_bound(value: Any) -> int | None:
@@ -258,3 +271,8 @@ def _innermost() -> Any:
 
 def _location(tx: Any) -> str:
     return f"{tx.f_code.co_filename}:{tx.lineno}"
+
+
+def _short(location: str) -> str:
+    """As users see it."""
+    return os.path.basename(location)

@@ -6,6 +6,7 @@ noise) is left to the ``experts`` argument and to the normal form, so that it ne
 
     def reference(x, topk_ids, topk_weights, experts, **facts) -> Tensor        # ExpertsSpelling
     def reference(router_logits, k, **facts) -> (topk_weights, topk_ids)        # RouterSpelling
+    def reference(topk_ids, num_classes, **facts) -> rows                       # HitListSpelling
 
 The reference is traced twice: once with a hole for the expert MLP, which gives the pattern, and once with the
 matched inputs and the described MLP, which gives the proof.
@@ -103,7 +104,22 @@ class RouterSpelling:
     near_misses: tuple[NearMiss, ...] = ()
 
 
-Spelling = ExpertsSpelling | RouterSpelling
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HitListSpelling:
+    """One way to list the experts that were chosen at all, for a loop over them.
+
+    reference(topk_ids [T, k], num_classes, **facts) -> [n] or [n, 1], the sorted distinct ids; all are < num_classes.
+    """
+
+    name: str
+    source: str
+    reference: Callable[..., torch.Tensor]
+    facts: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+    samples: tuple[Sample, ...] = ()
+    near_misses: tuple[NearMiss, ...] = ()
+
+
+Spelling = ExpertsSpelling | RouterSpelling | HitListSpelling
 
 
 def combinations(facts: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
@@ -128,5 +144,5 @@ def discover() -> list[Spelling]:
 
 def _spellings(module: ModuleType) -> Iterator[Spelling]:
     for item in vars(module).values():
-        if isinstance(item, (ExpertsSpelling, RouterSpelling)):
+        if isinstance(item, Spelling):
             yield item

@@ -77,24 +77,10 @@ def group_iterations(iterations: list[Iteration], *, is_transposed: bool) -> Gro
     if len(set(visited)) < len(visited):
         twice = next(e for e in visited if visited.count(e) > 1)
         raise Refusal(Code.EXPERT_TWICE, f"expert {twice} is visited twice", last)
-    missing = sorted(set(range(_num_experts(chain, num_experts))) - set(visited))
+    missing = sorted(set(range(num_experts)) - set(visited))
     if missing or sorted(visited) != list(range(len(visited))):
         raise Refusal(Code.EXPERT_MISSING, f"experts {missing[:4]} are never visited", last)
     return Group(chain[-1].output, first.lower[0]["x"], gate_up, up, down, visited)
-
-
-def _num_experts(chain: list[Iteration], from_weights: int) -> int:
-    """E as the mask has it (the width of one_hot), when it has one: a ModuleList loop may stop early."""
-    todo, seen = [chain[0].output], set()
-    while todo:
-        node = todo.pop()
-        if node.target is aten.arange.default and isinstance(node.args[0], int):
-            return max(from_weights, node.args[0])
-        for arg in node.all_input_nodes:
-            if arg not in seen:
-                seen.add(arg)
-                todo.append(arg)
-    return from_weights
 
 
 def _chain(iterations: list[Iteration]) -> list[Iteration]:

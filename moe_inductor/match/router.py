@@ -37,7 +37,15 @@ def propose_routers(
                 continue
             match = pattern.match(weights)
             if match:
-                found.append(BoundRouter(spelling, facts, match.kwargs["router_logits"]))  # type: ignore[union-attr]
+                logits = match.kwargs["router_logits"]  # type: ignore[union-attr]
+                if value(logits).shape[-1] != bound.moe.experts.num_experts:
+                    raise Refusal(
+                        Code.ROUTER,
+                        f"the router chooses among {value(logits).shape[-1]} experts, of which "
+                        f"{bound.moe.experts.num_experts} are there",
+                        canonical.source_of(bound.topk_ids),
+                    )
+                found.append(BoundRouter(spelling, facts, logits))
     if not found:
         names = ", ".join(f"`{n}`" for n in _named_steps(weights))
         raise Refusal(

@@ -236,9 +236,7 @@ def _reshape(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
             and end == start + 1
             and out.same_sizes(made.shape, shape[:dim] + shape[dim + 1 :])
         ):
-            return out.emit(
-                aten.select.int, (source, dim, start), {}, made, node.meta.get("stack_trace")
-            )
+            return _row(out, source, dim, start, made, node.meta.get("stack_trace"))
     return out.view(base, made, node.meta.get("stack_trace"))
 
 
@@ -311,9 +309,7 @@ def _part(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     if pack.target is aten.unbind.int:
         dim = rest[0] if rest else 0
         base = node_arg(pack, 0)
-        return out.emit(
-            aten.select.int, (base, dim % value(base).dim(), position), {}, made, origin
-        )
+        return _row(out, base, dim % value(base).dim(), position, made, origin)
     if pack.target in (aten.split.Tensor, aten.split_with_sizes.default):
         base = node_arg(pack, 0)
         dim = (rest[1] if len(rest) > 1 else 0) % value(base).dim()
@@ -332,8 +328,71 @@ def _select(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     dim %= len(shape)
     if isinstance(index, int) and index < 0 and isinstance(shape[dim], int):
         index += shape[dim]
+    return _row(out, base, dim, index, value(node), node.meta.get("stack_trace"))
+
+
+def _row(out: Emitter, base: fx.Node, dim: int, index: Any, made: Any, origin: str | None) -> Any:
+    """select(nonzero(x) [n, 1], 1, 0) = view(nonzero(x), [n])"""
+    if base.target is aten.nonzero.default and _is_one(value(base).shape[dim]):
+        return out.view(base, made, origin)
+    row = _one_hot_row(out, base, dim, index, made, origin)
+    if row is not None:
+        return row
+    return out.emit(aten.select.int, (base, dim, index), {}, made, origin)
+
+
+def _one_hot_row(
+    out: Emitter, mask: fx.Node, dim: int, index: Any, made: Any, origin: str | None
+) -> Any:
+    """select(one_hot(ids, E), -1, e) = (ids == e), for any permutation of the one_hot's dimensions and 0 <= e < E"""
+    dims = list(range(value(mask).dim()))
+    one_hot = mask
+    if mask.target is aten.permute.default:
+        dims, one_hot = list(mask.args[1]), node_arg(mask, 0)  # type: ignore[arg-type]
+    compared = node_arg(one_hot, 0) if one_hot.target is aten._to_copy.default else one_hot
+    classes = dims[dim]
+    if compared.target is not aten.eq.Tensor or classes != len(dims) - 1:
+        return None
+    ids, numbers = node_arg(compared, 0), compared.args[1]
+    if not isinstance(numbers, fx.Node) or numbers.target is not aten.arange.default:
+        return None
+    if len(numbers.args) != 1 or value(ids).dim() != len(dims) or not _is_one(value(ids).shape[-1]):
+        return None
+    if isinstance(index, int) and not 0 <= index < value(numbers).shape[0]:
+        return None
+    flat = out.view(ids, value(ids).squeeze(-1), origin)
+    hit = torch.empty_like(value(flat), dtype=torch.bool)
+    row = out.emit(aten.eq.Scalar, (flat, index), {}, hit, origin)
+    rest = [d for i, d in enumerate(dims) if i != dim]
+    row = out.permute(row, rest, torch.empty_like(made, dtype=torch.bool), origin)
+    if made.dtype == torch.bool:
+        return row
+    return out.emit(aten._to_copy.default, (row,), {"dtype": made.dtype}, made, origin)
+
+
+@rule(aten.nonzero.default)
+def _nonzero(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """nonzero(cast(b)) = nonzero(b) for a boolean b"""
+    cast = args[0]
+    if cast.target is not aten._to_copy.default or value(node_arg(cast, 0)).dtype != torch.bool:
+        return None
     return out.emit(
-        aten.select.int, (base, dim, index), {}, value(node), node.meta.get("stack_trace")
+        aten.nonzero.default, cast.args[:1], {}, value(node), node.meta.get("stack_trace")
+    )
+
+
+@rule(aten.sum.dim_IntList)
+def _sum_of_counts(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """sum(permute(x, p), dims) = sum(x, p[dims]) for integers, where one dimension is left: their order is exact"""
+    base, dims, made = args[0], args[1] if len(args) > 1 else None, value(node)
+    if not is_integral(node) or not dims or made.dim() != 1 or len(args) > 2:
+        return None
+    rank = value(base).dim()
+    dims = [d % rank for d in dims]
+    if base.target is aten.permute.default:
+        base, dims = base.args[0], [base.args[1][d] for d in dims]
+    return out.emit(
+        aten.sum.dim_IntList, (base, sorted(dims)), kwargs, made, node.meta.get("stack_trace")
     )
 
 

@@ -6,17 +6,29 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import fx
 
 from moe_inductor.debug.report import BlockReport, CompileReport
 from moe_inductor.description import MoE, Router
-from moe_inductor.match.api import ExpertsSpelling, RouterSpelling, discover
+from moe_inductor.match.api import (
+    ExpertsSpelling,
+    HitListSpelling,
+    RouterSpelling,
+    Spelling,
+    discover,
+)
 from moe_inductor.match.bind import Bound
 from moe_inductor.match.experts import propose
 from moe_inductor.match.router import propose_routers
+from moe_inductor.prove.assumptions import (
+    concerning,
+    prove_assumptions,
+    survivors,
+    take_markers,
+)
 from moe_inductor.prove.prove import prove_experts, prove_router
 from moe_inductor.reasons import Code, Reason, Refusal
 from moe_inductor.region.canonical import Canonical, canonicalise
@@ -26,40 +38,61 @@ from moe_inductor.rewrite.replace import Rewriter
 from moe_inductor.rewrite.support import check_support
 
 if TYPE_CHECKING:
+    from moe_inductor.capture.assumptions import Assumption
     from moe_inductor.options import Options
+
+SpellingT = TypeVar("SpellingT", bound=Spelling)
 
 # Of several reasons, the one that got furthest through the stages says most.
 _DEPTH = {code: depth for depth, code in enumerate(Code)}
 
 
-def fuse_moe_blocks(gm: fx.GraphModule, report: CompileReport, options: Options) -> None:
+def fuse_moe_blocks(
+    gm: fx.GraphModule,
+    report: CompileReport,
+    options: Options,
+    assumptions: Sequence[Assumption] = (),
+    uncaptured: Reason | None = None,
+) -> list[Assumption]:
     """Rewrite every provable MoE block of ``gm`` and of the bodies of its higher-order ops, in place.
 
-    Appends one BlockReport per region to ``report``.  A region that is refused is left exactly as it was.
+    Appends one BlockReport per region to ``report``.  A region that is refused is left exactly as it was.  Returns
+    those of the ``assumptions`` that the rewritten graph still depends on: with any left it must not run.
+
+    uncaptured: why an earlier capture of the same code, with more in the graph, was of no use.
     """
-    for module in [m for m in gm.modules() if isinstance(m, fx.GraphModule)]:
+    modules = [m for m in gm.modules() if isinstance(m, fx.GraphModule)]
+    hit_lists = take_markers(assumptions)
+    for module in modules:
         if not looks_like_moe(module.graph):
             router = router_only(module.graph)
             if router is not None:
-                report.blocks.append(_router_only(router))
+                report.blocks.append(_router_only(router, uncaptured))
             continue
         with _timed(report, "region"):
             regions = find_regions(module.graph)
         for region in regions:
-            _fuse_region(module, region, report, options)
+            _fuse_region(module, region, report, options, hit_lists, assumptions)
         if module is not gm:
             module.recompile()
+    return survivors([m.graph for m in modules], assumptions)
 
 
 def _fuse_region(
-    gm: fx.GraphModule, region: Region, report: CompileReport, options: Options
+    gm: fx.GraphModule,
+    region: Region,
+    report: CompileReport,
+    options: Options,
+    hit_lists: dict[Assumption, fx.Node],
+    assumptions: Sequence[Assumption],
 ) -> None:
     region.refresh()
     before = len(region.nodes)
     try:
         with _timed(report, "canonical"):
             canonical = canonicalise(gm, region)
-        blocks, refused = _prove_blocks(canonical, report)
+        assumed = concerning(canonical, assumptions)
+        blocks, refused = _prove_blocks(canonical, report, hit_lists, assumed)
     except Refusal as refusal:
         report.blocks.append(_not_fused(region, [refusal]))
         return
@@ -92,9 +125,14 @@ def _fuse_region(
         )
 
 
-def _prove_blocks(canonical: Canonical, report: CompileReport) -> tuple[list[Bound], list[Refusal]]:
+def _prove_blocks(
+    canonical: Canonical,
+    report: CompileReport,
+    hit_lists: dict[Assumption, fx.Node],
+    assumptions: list[Assumption],
+) -> tuple[list[Bound], list[Refusal]]:
     refused: list[Refusal] = []
-    proposals = propose(canonical, spellings()[0], refused)
+    proposals = propose(canonical, spellings(ExpertsSpelling), refused)
     while True:
         with _timed(report, "match"):
             proposed = next(proposals, None)
@@ -105,6 +143,9 @@ def _prove_blocks(canonical: Canonical, report: CompileReport) -> tuple[list[Bou
             try:
                 with _timed(report, "prove"):
                     prove_experts(canonical, bound)
+                    prove_assumptions(
+                        canonical, bound, assumptions, hit_lists, spellings(HitListSpelling)
+                    )
             except Refusal as refusal:
                 refused.append(refusal)
             else:
@@ -124,7 +165,7 @@ def _fuse_router(
     refused: list[Refusal] = []
     try:
         with _timed(report, "match"):
-            candidates = propose_routers(canonical, bound, spellings()[1])
+            candidates = propose_routers(canonical, bound, spellings(RouterSpelling))
     except Refusal as refusal:
         return bound.moe, refusal.reason
     for router in candidates:
@@ -147,13 +188,13 @@ def _fuse_router(
 
 
 @functools.cache
-def spellings() -> tuple[list[ExpertsSpelling], list[RouterSpelling]]:
-    """All patterns, by kind."""
-    found = discover()
-    return (
-        [s for s in found if isinstance(s, ExpertsSpelling)],
-        [s for s in found if isinstance(s, RouterSpelling)],
-    )
+def _discovered() -> list[Spelling]:
+    return discover()
+
+
+def spellings(kind: type[SpellingT]) -> list[SpellingT]:
+    """All patterns of one kind."""
+    return [s for s in _discovered() if isinstance(s, kind)]
 
 
 def _furthest(refused: list[Refusal]) -> Refusal:
@@ -179,9 +220,20 @@ def _not_fused(region: Region, refused: list[Refusal], bound: Bound | None = Non
     )
 
 
-def _router_only(node: fx.Node) -> BlockReport:
-    words = "only the router was captured: the loop over the experts is not in the graph"
-    reason = Reason(Code.CONTROL_FLOW, words, location(node))
+def _router_only(node: fx.Node, uncaptured: Reason | None) -> BlockReport:
+    words = "only the router was captured: "
+    if uncaptured is None:
+        reason = Reason(
+            Code.CONTROL_FLOW,
+            words + "the loop over the experts is not in the graph",
+            location(node),
+        )
+    elif uncaptured.code is Code.CONTROL_FLOW:
+        reason = dataclasses.replace(
+            uncaptured, message=words + uncaptured.message.removeprefix(words)
+        )
+    else:
+        reason = uncaptured  # the loop had been captured, and that is what was wrong with it
     return BlockReport(spelling="", fused=False, reason=reason, location=reason.location)
 
 
