@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,12 +15,12 @@ from torch import nn
 _READS = ("tolist", "item", "cpu", "numpy")
 
 
-def constructs(block: nn.Module, modeling: str) -> list[dict[str, str]]:
+def constructs(block: nn.Module, modeling: types.ModuleType) -> list[dict[str, str]]:
     """The loops over experts in the classes that ``block`` is made of, as ``{"code": .., "place": "file.py:12"}``.
 
-    modeling: name of the module whose classes count; the rest (linear layers, activations) is not the model's.
+    modeling: whose classes count; the rest (linear layers, activations) is not the model's.
     """
-    classes = {type(m) for m in block.modules() if type(m).__module__ == modeling}
+    classes = {type(m) for m in block.modules() if type(m).__module__ == modeling.__name__}
     found = [each for c in classes for each in _of_class(c)]
     return sorted(found, key=lambda each: int(each["place"].rpartition(":")[2]))
 
@@ -34,7 +35,7 @@ def _of_class(owner: type) -> Iterator[dict[str, str]]:
             continue
         for node in ast.walk(method):
             code = _told(node)
-            if code:
+            if code and isinstance(node, ast.stmt):
                 yield {"code": code, "place": f"{file}:{first + node.lineno - 1}"}
 
 

@@ -102,9 +102,12 @@ def _module(folder: str, kind: str) -> types.ModuleType:
 def config_classes(folder: str) -> Iterator[type]:
     module = _module(folder, "configuration")
     for value in vars(module).values():
-        if isinstance(value, type) and value.__module__ == module.__name__:
-            if issubclass(value, transformers.PretrainedConfig):
-                yield value
+        if (
+            isinstance(value, type)
+            and issubclass(value, transformers.PretrainedConfig)
+            and value.__module__ == module.__name__
+        ):
+            yield value
 
 
 def config_class(found: Found) -> type:

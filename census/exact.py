@@ -30,8 +30,8 @@ class _NoSingles(TorchFunctionMode):
     ) -> Any:
         if func is Tensor.float:
             return args[0].double()
-        args, kwargs = pytree.tree_map(_double, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        args = pytree.tree_map(_double, args)
+        return func(*args, **{name: _double(value) for name, value in (kwargs or {}).items()})
 
 
 def _double(value: Any) -> Any:

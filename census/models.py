@@ -16,12 +16,11 @@ import transformers
 from torch import Tensor, nn
 
 from census import shrink
+from census.compiled import Compiled
 from census.exact import in_fp64
 from census.families import Case
-from census.measure import Row, Tensors, _captured, _choices, _compared, _first_line
+from census.measure import Row, Tensors, captured, choices, compared, first_line
 from census.weights import randomise, without_garbage
-from moe_inductor import _compat
-from tests.hf.compare import Compiled
 
 # What is asked of a model, in the order in which it is asked.
 MODES = ("inference", "training", "generate", "generate without cache")
@@ -90,31 +89,28 @@ def _measure(case: Case, implementation: str, mode: str) -> Row:
     except NoModel as error:
         return {"status": "no model", "message": str(error)}
     except Exception as error:
-        return {"status": "not runnable", "message": _first_line(error)}
+        return {"status": "not runnable", "message": first_line(error)}
     row: Row = {}
     try:
         if mode.startswith("generate"):
             compiled = Compiled(model.forward)
             model.forward = compiled
-            breaks_before = len(_compat.graph_breaks())
             ours: Any = _generate(model, inputs[0], "without" not in mode)
         else:
             compiled = Compiled(model)
-            breaks_before = len(_compat.graph_breaks())
             ours = [run(compiled, model, x) for x in inputs]
-        breaks = _compat.graph_breaks()[breaks_before:]
-        row |= _captured(compiled, breaks)
+        row |= captured(compiled)
         row["breaks_in_moe"] = sum(_in_moe(case, place) for _, place in row["breaks"])
         row["moe_layers"] = moe_blocks(case, model)
         if mode.startswith("generate"):
             if not torch.equal(ours, eager):
                 row["wrong"] = f"tokens {ours.tolist()}, eager's are {eager.tolist()}"
         else:
-            row |= _compared(ours, eager, exact, bool(row["fused"]))
+            row |= compared(ours, eager, exact, bool(row["fused"]))
     except Exception as error:
         return row | {
             "status": "error",
-            "message": _first_line(error),
+            "message": first_line(error),
             "traceback": traceback.format_exc()[-4000:],
         }
     return row | {"status": _status(row, case)}
@@ -153,9 +149,9 @@ def _without_ties(model: nn.Module, truth: nn.Module) -> list[Tensor]:
     found = []
     for seed in range(SEEDS):
         ids = _tokens(seed, BATCH, LENGTH)
-        mine = _choices(model, [ids])
+        mine = choices(model, [ids])
         with in_fp64():
-            exact = _choices(truth, [ids])
+            exact = choices(truth, [ids])
         if len(mine) == len(exact) and all(map(torch.equal, mine, exact)):
             found.append(ids)
         if len(found) == SAMPLES:
@@ -174,9 +170,7 @@ def _train(run: Any, model: nn.Module, ids: Tensor) -> Tensors:
     output = run(ids, labels=ids, use_cache=False)
     output.loss.backward()
     found = {"logits": output.logits.detach(), "loss": output.loss.detach()}
-    found |= {
-        f"gradient of {n}": p.grad for n, p in model.named_parameters() if p.grad is not None
-    }
+    found |= {f"gradient of {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found
 

@@ -166,14 +166,24 @@ def _tasks(arguments: argparse.Namespace) -> list[Task]:
     return tasks
 
 
-def _parse() -> argparse.Namespace:
+def _command(arguments: argparse.Namespace) -> str:
+    """What to type to measure the same again; where results go and how many at a time is left out."""
+    words = ["python", "-m", "census.run"]
+    for name in ("families", "implementations", "dtypes", "modes", "parts", "inner"):
+        value = getattr(arguments, name)
+        if value != _parser().get_default(name):
+            words += [f"--{name}", *([value] if isinstance(value, str) else value)]
+    return shlex.join(words)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m census.run", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--families", nargs="*", default=[], help="or single cases, family:variant")
     parser.add_argument("--implementations", nargs="*", default=[], help="eager, grouped_mm, ..")
     parser.add_argument("--dtypes", nargs="*", default=list(measure.DTYPES), choices=measure.DTYPES)
-    parser.add_argument("--modes", nargs="*", default=measure.MODES, choices=measure.MODES)
+    parser.add_argument("--modes", nargs="*", default=list(measure.MODES), choices=measure.MODES)
     parser.add_argument("--parts", nargs="*", default=["block"], choices=["block", "model"])
     parser.add_argument("--inner", default="eager", help="backend behind ours; inductor is slow")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
@@ -182,11 +192,11 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
     parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder of the results")
     parser.add_argument("--log", type=Path, help="file for what the processes print")
-    return parser.parse_args()
+    return parser
 
 
 def main() -> None:
-    arguments = _parse()
+    arguments = _parser().parse_args()
     file = results.path(transformers.__version__, arguments.out)
     recorded = results.load(file)["rows"]
     tasks = _tasks(arguments)
@@ -199,7 +209,7 @@ def main() -> None:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
-        "command": "python -m census.run " + shlex.join(sys.argv[1:]),
+        "command": _command(arguments),
         "date": datetime.date.today().isoformat(),
     }
     total: Counter[str] = Counter()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
-class without_garbage(TorchFunctionMode):  # noqa: N801, used like contextlib's
+class without_garbage(TorchFunctionMode):
     """``torch.empty`` gives zeros: models leave to a checkpoint what a checkpoint will bring."""
 
     def __torch_function__(
