@@ -189,6 +189,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds per process")
     parser.add_argument("--resume", action="store_true", help="leave out what this code measured")
+    parser.add_argument(
+        "--unfused", action="store_true", help="leave out what is recorded as fused"
+    )
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
     parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder of the results")
     parser.add_argument("--log", type=Path, help="file for what the processes print")
@@ -204,6 +207,9 @@ def main() -> None:
     if arguments.resume:
         fresh = {results.key(r) for r in recorded if r.get("sources") == sources}
         tasks = [task for task in tasks if not fresh.issuperset(task.keys())]
+    if arguments.unfused:
+        done = {results.key(r) for r in recorded if r["status"] in ("fused", "not MoE-fusable")}
+        tasks = [task for task in tasks if not done.issuperset(task.keys())]
     run = {
         "transformers": transformers.__version__,
         "torch": torch.__version__,
