@@ -27,16 +27,23 @@ from torch._dynamo import convert_frame as dynamo_convert_frame
 from torch._dynamo import exc as dynamo_exc
 from torch._dynamo.output_graph import SubgraphTracer
 from torch._dynamo.side_effects import SideEffects
+from torch._dynamo.utils import numpy_operator_wrapper
 from torch._dynamo.symbolic_convert import (
     InstructionTranslator,
     InstructionTranslatorBase,
     TensorifyState,
 )
-from torch._dynamo.variables.base import VariableTracker
+from torch._dynamo.variables.base import ValueMutationNew, VariableTracker
 from torch._dynamo.variables.builtin import BuiltinVariable
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.iter import IteratorVariable
-from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
+from torch._dynamo.variables.lists import BaseListVariable, ListVariable
+from torch._dynamo.variables.misc import GetAttrVariable
+from torch._dynamo.variables.tensor import (
+    NumpyNdarrayVariable,
+    SymNodeVariable,
+    TensorVariable,
+)
 from torch._guards import TracingContext
 
 # The only restart that Dynamo lets a backend raise; on a torch without it capture/scope.py does not install.

@@ -56,7 +56,7 @@ class MoEInductor:
         self.reports: deque[CompileReport] = deque(maxlen=None if dry_run else 256)
         self._inductors: list[Any] = []
         self._told: set[str] = set()
-        self._declined: CompileReport | None = None
+        self._declined: tuple[CompileReport, Options] | None = None
 
     def __call__(
         self,
@@ -77,7 +77,7 @@ class MoEInductor:
         if _may_hold_moe(gm):
             self._rewrite(gm, report, ours)
         if not report.fused:
-            self._decline(gm, report)
+            self._decline(gm, report, ours)
         self.reports.append(report)
         if self.dry_run:
             return gm.forward
@@ -98,7 +98,11 @@ class MoEInductor:
 
     def _dynamo_backend_init(self) -> None:
         """Called by torch >= 2.15 when torch.compile() resolves the backend; older ones import this module then."""
-        scope.install(self, speculate=True)
+        self.install()
+
+    def install(self) -> None:
+        """Have frames compiled for this object captured as far as the stages can prove."""
+        scope.install(self, speculate=True, on_lost_frame=self._lost_frame)
 
     def _inductor(
         self, mode: str | None, options: dict[str, Any], name: str | None
@@ -139,19 +143,26 @@ class MoEInductor:
         if self.dry_run and not (report.fused and scope.assumptions()):
             captured.restore()  # else only what was rewritten is proved to be what the model means
 
-    def _decline(self, gm: GraphModule, report: CompileReport) -> None:
+    def _decline(self, gm: GraphModule, report: CompileReport, options: Options) -> None:
         """Nothing was fused: have the frame captured once more as stock if our capture may have changed it."""
         if scope.changed_capture(gm):
-            self._declined = report
+            self._declined = report, options
             reason = report.refused[0].reason if report.refused else None
             scope.decline(reason)
         # Here again, or never declined.  Stock capture tends to cut an MoE into pieces that no longer look like one:
         # then what was refused before is the news.
-        declined, self._declined = self._declined, None
+        (declined, _), self._declined = self._declined or (None, None), None
         if declined is not None and declined.frame == report.frame and not report.blocks:
             report.blocks += declined.blocks
             report.notes += declined.notes
             report.graph_before, report.graph_after = declined.graph_before, declined.graph_after
+
+    def _lost_frame(self) -> None:
+        """Stock capture made no graph of a frame that we had declined: what was refused is still to be told."""
+        (declined, options), self._declined = self._declined or (None, None), None
+        if declined is not None and options is not None and declined.frame == _compat.compile_id():
+            self.reports.append(declined)
+            self._tell(declined, options)
 
     def _tell(self, report: CompileReport, options: Options) -> None:
         """Everybody who wants to know: the user, the debug folder, the structured trace."""
@@ -254,4 +265,4 @@ except ModuleNotFoundError as error:
     ) from error
 
 moe_inductor = MoEInductor()
-scope.install(moe_inductor, speculate=True)
+moe_inductor.install()

@@ -309,6 +309,6 @@ EXPERT_LOOP = ExpertsSpelling(
         NearMiss(name="partial_sum_escapes", build=PartialSumEscapes, code="ESCAPES"),
         NearMiss(name="other_rows_for_one_expert", build=OtherRows, code="INPUTS_DIFFER"),
         NearMiss(name="weights_squared", build=WeightSquared, code="SPELLING"),
-        NearMiss(name="mask_axes_exchanged", build=WrongSlots, code="PROOF"),
+        NearMiss(name="mask_axes_exchanged", build=WrongSlots, code="SPELLING"),
     ),
 )

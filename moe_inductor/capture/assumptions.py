@@ -13,14 +13,21 @@ class Pass:
     """One time through code that was traced only because of an assumption.
 
     nodes: what it computed, in order, still in the graph or not.
-    before, after: the nodes of the locals that outlive it, by name.  What is computed here can reach
-    the rest of the program through these locals and through tensors that are changed in place, and
-    in no other way: ``capture.purity`` has seen to it.
+    before, after: the locals that outlive it, by name: a node, or a number that is 0 or the like
+    before the first pass has made it a tensor (it is only ever used to slice and to add).
+    appended: what it appended to lists that serve ``torch.cat(pieces, dim=0)`` and nothing else.
+
+    What is computed here can reach the rest of the program through these locals, through these
+    pieces and through tensors that are changed in place, and in no other way: ``capture.purity`` has
+    seen to it.  A pass that is skipped leaves ``before`` as it is and appends nothing, so a pass
+    "changes nothing" if after equals before, every piece has no rows (and, as cat promotes, the dtype
+    of the others), and nothing is written.
     """
 
     nodes: list[torch.fx.Node] = dataclasses.field(default_factory=list)
-    before: dict[str, torch.fx.Node] = dataclasses.field(default_factory=dict)
+    before: dict[str, torch.fx.Node | int] = dataclasses.field(default_factory=dict)
     after: dict[str, torch.fx.Node] = dataclasses.field(default_factory=dict)
+    appended: list[torch.fx.Node] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,9 +47,11 @@ class Visited:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NonEmpty:
-    """A test of the data-dependent size ``symbol`` was answered as for a size of at least 1.
+    """A test of the data-dependent number ``symbol`` was answered as for a number of at least 1.
 
-    Right only if what was skipped for size 0 otherwise, the one pass, changes nothing at size 0.
+    ``symbol`` is a size, or what ``item()`` or ``tolist()`` made of a tensor.  Right only if it cannot
+    be negative, and what would have been skipped for 0, the one pass, changes nothing at 0.  (Locals
+    that are numbers are not in the pass: that they do not change at 0 is already known.)
     """
 
     symbol: Any  # sympy.Symbol
@@ -50,4 +59,50 @@ class NonEmpty:
     passes: list[Pass] = dataclasses.field(default_factory=list)
 
 
-Assumption = Visited | NonEmpty
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tested:
+    """``if value`` on a 0-d tensor was answered with ``truth``, as if there were something.
+
+    ``value`` is the node that Python would have asked for its truth: ``mask.any()``, ``count == 0``,
+    ``count``, where ``count`` is a 0-d integer tensor.  Right only if, wherever ``bool(value)`` is
+    not ``truth``, the one pass changes nothing.  ``marker`` keeps ``value`` in the graph.
+    """
+
+    marker: torch.fx.Node
+    truth: bool
+    location: str
+    passes: list[Pass] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Kept:
+    """``if pieces`` on a list that speculated passes appended to was answered with True.
+
+    Right only if, whatever the data, at least one of ``passes``, those that appended to it, is not
+    skipped.
+    """
+
+    passes: list[Pass]
+    location: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Length:
+    """The data-dependent length of ``rows``, the result of ``bincount``, was taken to be ``length``.
+
+    The graph goes on with that number wherever the model reads the length.  Right only if
+    every counted value is below ``length``, which is the ``minlength`` of the call.  ``marker`` keeps
+    ``rows`` in the graph, and is the only node of the one pass: all that is traced later depends on
+    the length.
+    """
+
+    marker: torch.fx.Node
+    length: int
+    location: str
+
+    @property
+    def passes(self) -> list[Pass]:
+        return [Pass(nodes=[self.marker])]
+
+
+Assumption = Visited | NonEmpty | Tested | Kept | Length

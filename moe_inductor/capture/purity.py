@@ -4,8 +4,11 @@ A speculated loop body runs for experts without tokens too, and a speculated bra
 tensors.  What that does to tensors is in the graph, where it is proved or declined.  What it does
 to Python objects is in no graph, so a *region* of bytecode must not do anything to them:
 
-* a local that is written in the region and read later holds a tensor, before and after;
-* no object that is older than the region is changed while the region runs, callees included;
+* a local that is written in the region and read later holds a tensor, before and after, or a number
+  that is the same before and after if the tested size is 0; one that is only sliced with may turn
+  from a number into a tensor;
+* no object that is older than the region is changed while the region runs, callees included, except
+  a list that starts empty and whose only use is to be concatenated;
 * the region is left the way it was found: no exception, no break, no return, and the same random
   numbers drawn and the same grad mode.
 
@@ -15,31 +18,15 @@ Everything that is not understood is ``Impure``.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 from moe_inductor import _compat
 from moe_inductor.capture.assumptions import Pass
+from moe_inductor.capture.bytecode import Bytecode
 
-_NO_FALL_THROUGH = {
-    "RETURN_VALUE",
-    "RETURN_CONST",
-    "RAISE_VARARGS",
-    "RERAISE",
-    "JUMP_FORWARD",
-    "JUMP_BACKWARD",
-    "JUMP_ABSOLUTE",
-    "JUMP_BACKWARD_NO_INTERRUPT",
-}
-_JUST_JUMPS = {
-    "JUMP_FORWARD",
-    "JUMP_BACKWARD",
-    "JUMP_ABSOLUTE",
-    "JUMP_BACKWARD_NO_INTERRUPT",
-    "NOP",
-}
 # Never in a region, whatever they are applied to.
 _FORBIDDEN = {
     "STORE_GLOBAL": "a global is assigned",
@@ -75,12 +62,17 @@ class Region:
     header: int | None  # a loop: the FOR_ITER that it comes back to
     carried: frozenset[str]  # locals that outlive one pass through the body
     inside: bool
+    code: Bytecode
+    size: Any = None  # the sympy.Symbol that is 0 where the body is skipped, if that is how it is
     older: dict[int, Any] = dataclasses.field(default_factory=dict)
     closed: bool = False
     passes: list[Pass] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.check_carried(f"before the {self.kind}")
+        self._numbers = self.code.only_numbers() if self.carried else frozenset()
+        lists = self.code.only_concatenated(self.tx.f_globals)
+        held = {name: self.tx.symbolic_locals.get(name) for name in lists}
+        self._pieces = [v for v in held.values() if type(v) is _compat.ListVariable]
         if self.inside:
             self._enter()
         self.older = _objects_in_reach(self.tx)
@@ -98,26 +90,59 @@ class Region:
 
     def check_mutation(self, item: Any) -> None:
         """``item`` is about to be changed, somewhere."""
-        if not self.running():
+        if not self.running() or any(item is pieces for pieces in self._pieces):
             return
         mutation = type(getattr(item, "mutation_type", None)).__name__
         made_by_tracing = mutation in ("ValueMutationNew", "AttributeMutationNew")
         if not made_by_tracing or id(item) in self.older:
             raise Impure(f"an object from outside ({_type_name(item)}) is changed")
 
-    def check_carried(self, when: str) -> None:
+    def _enter(self) -> None:
+        self._before = self._carried_values(f"before the {self.kind}")
+        self._lengths = [len(pieces.items) for pieces in self._pieces]
+        nodes = {name: _node_of(value) for name, value in self._before.items()}
+        self.passes.append(Pass(before={n: v for n, v in nodes.items() if v is not None}))
+
+    def _leave(self) -> None:
+        after = self._carried_values(f"after the {self.kind}")
+        for name, value in after.items():
+            self._check_kind(name, self._before[name], value)
+            node = _node_of(value)
+            if isinstance(node, torch.fx.Node):
+                self.passes[-1].after[name] = node
+            else:
+                self.passes[-1].before.pop(name, None)
+        for pieces, length in zip(self._pieces, self._lengths, strict=True):
+            for piece in pieces.items[length:]:
+                value = _node_of(piece)
+                if not isinstance(value, torch.fx.Node) or not value.meta["example_value"].dim():
+                    raise Impure("something other than a tensor is appended to a list")
+                self.passes[-1].appended.append(value)
+
+    def _carried_values(self, when: str) -> dict[str, Any]:
+        held = {}
         for name in sorted(self.carried):
             value = self.tx.symbolic_locals.get(name)
-            value = value.realize() if hasattr(value, "realize") else value
-            if type(value) is not _compat.TensorVariable:
+            held[name] = value.realize() if hasattr(value, "realize") else value
+            if _node_of(held[name]) is None and _number_of(held[name]) is None:
                 raise Impure(f"loop-carried state `{name}`, which is not a tensor {when}")
+        return held
 
-    def _carried_nodes(self) -> dict[str, torch.fx.Node]:
-        held = {name: self.tx.symbolic_locals[name] for name in sorted(self.carried)}
-        return {name: variable.realize().as_proxy().node for name, variable in held.items()}
-
-    def _enter(self) -> None:
-        self.passes.append(Pass(before=self._carried_nodes()))
+    def _check_kind(self, name: str, before: Any, after: Any) -> None:
+        """May eager have ``before`` in ``name`` where we have ``after``, as far as Python can tell?"""
+        old, new = _number_of(before), _number_of(after)
+        if old is None and new is None:
+            return
+        if old is not None and new is not None:
+            if self.size is not None and _at_zero(new, self.size) == old:
+                return
+            raise Impure(f"loop-carried state `{name}`, which is a number that changes")
+        value = _node_of(after)
+        if new is None and isinstance(value, torch.fx.Node) and name in self._numbers:
+            example = value.meta["example_value"]
+            if example.dim() == 0 and not example.dtype.is_floating_point:
+                return
+        raise Impure(f"loop-carried state `{name}`, which is a number and then a tensor")
 
     def after_step(self) -> None:
         """The frame has executed one instruction."""
@@ -127,8 +152,7 @@ class Region:
         if self.inside and not inside:
             if coming not in self.joins:
                 raise Impure("it is left through an exception")
-            self.check_carried(f"after the {self.kind}")
-            self.passes[-1].after.update(self._carried_nodes())
+            self._leave()
             if _interpreter_state(self.tx) != self._state:
                 raise Impure("random numbers are drawn or a global mode is changed")
             if any(_position(it) != position for it, position in self._iterators):
@@ -181,17 +205,17 @@ def _watch_generator(
     generator.step = checked_step
 
 
-def loop_region(tx: Any, location: str) -> Region:
-    """The body of the ``for`` whose GET_ITER ``tx`` is executing."""
-    code = _Bytecode(tx.instructions)
-    header = code.index[id(tx.current_instruction)] + 1
+def loop_region(tx: Any, location: str, start: Any) -> Region:
+    """The body of the ``for`` whose iterator the instruction ``start`` makes."""
+    code = Bytecode.of(tx)
+    header = code.index[id(start)] + 1
     if tx.instructions[header].opname != "FOR_ITER":
         raise Impure("it is not a for statement")
     after = code.index[id(tx.instructions[header].target)]
     body = code.reachable(header + 1, stop={header, after})
     if {s for i in body for s in code.jumps[i]} - body - {header}:
         raise Impure("it has a break")
-    code.check_allowed(body)
+    _check_allowed(code, body)
     return Region(
         tx,
         "loop",
@@ -201,114 +225,67 @@ def loop_region(tx: Any, location: str) -> Region:
         header=id(tx.instructions[header]),
         carried=code.carried(body, [header]),
         inside=False,
+        code=code,
     )
 
 
-def branch_region(tx: Any, truth: bool, location: str) -> Region:
-    """What is executed only because the test at the conditional jump of ``tx`` is ``truth``."""
-    code = _Bytecode(tx.instructions)
-    jump = code.index[id(tx.current_instruction)]
-    opname = tx.instructions[jump].opname
+def branch_region(tx: Any, truth: bool, location: str, test: Any, size: Any = None) -> Region:
+    """What is executed only because at the conditional jump ``test`` the value is ``truth``."""
+    code = Bytecode.of(tx)
+    jump = code.index[id(test)]
+    opname = test.opname
     if not opname.startswith("POP_JUMP") or not opname.endswith(("IF_TRUE", "IF_FALSE")):
         raise Impure("the test is not an if statement")
-    taken, fall = code.index[id(tx.instructions[jump].target)], jump + 1
+    taken, fall = code.index[id(test.target)], jump + 1
     arm, skipped = (taken, fall) if opname.endswith("TRUE") == truth else (fall, taken)
-    join = skipped
-    while tx.instructions[join].opname in _JUST_JUMPS:
-        join = code.jumps[join][0]
+    joins = code.same_returns(code.after_jumps(skipped))
     loops = {i for i in range(jump) if tx.instructions[i].opname == "FOR_ITER"}
-    body = code.reachable(arm, stop=loops | {join})
-    if {s for i in body for s in code.jumps[i]} - body != {join}:
+    body = code.reachable(arm, stop=loops | joins)
+    exits = {s for i in body for s in code.jumps[i]} - body
+    if not exits or not exits <= joins:
         raise Impure("the other branch does something")
-    code.check_allowed(body)
+    _check_allowed(code, body)
     return Region(
         tx,
         "branch",
         location,
         body=code.ids(body),
-        joins=code.ids([join]),
+        joins=code.ids(joins),
         header=None,
-        carried=code.carried(body, [join]),
+        carried=code.carried(body, sorted(joins)),
         inside=True,
+        code=code,
+        size=size,
     )
 
 
-class _Bytecode:
-    """Control flow and liveness of one function."""
-
-    def __init__(self, instructions: Sequence[Any]) -> None:
-        self.instructions = instructions
-        self.index = {id(inst): i for i, inst in enumerate(instructions)}
-        self.jumps = [self._jumps(i) for i in range(len(instructions))]
-        accesses = [_locals_of(inst) for inst in instructions]
-        self.written = [written for _, written in accesses]
-        self._live = self._liveness([read for read, _ in accesses])
-
-    def ids(self, indices: Iterable[int]) -> frozenset[int]:
-        return frozenset(id(self.instructions[i]) for i in indices)
-
-    def reachable(self, start: int, stop: set[int]) -> set[int]:
-        seen: set[int] = set()
-        todo = [start]
-        while todo:
-            i = todo.pop()
-            if i not in seen and i not in stop:
-                seen.add(i)
-                todo += self.jumps[i]
-        return seen
-
-    def carried(self, body: set[int], joins: list[int]) -> frozenset[str]:
-        """Locals that the body writes and somebody reads after it, its next pass included."""
-        written = set().union(*(self.written[i] for i in body))
-        return frozenset(written & set().union(*(self._live[j] for j in joins)))
-
-    def check_allowed(self, body: set[int]) -> None:
-        for i in sorted(body):
-            why = _FORBIDDEN.get(self.instructions[i].opname)
-            if why is not None:
-                raise Impure(why)
-
-    def _jumps(self, i: int) -> list[int]:
-        inst = self.instructions[i]
-        targets = [self.index[id(inst.target)]] if inst.target is not None else []
-        if inst.opname not in _NO_FALL_THROUGH and i + 1 < len(self.instructions):
-            targets.append(i + 1)
-        return targets
-
-    def _liveness(self, read: list[set[str]]) -> list[set[str]]:
-        """The locals that may still be read, before each instruction."""
-        # Any instruction of a try may also continue in its handler.
-        successors = [
-            jumps + ([self.index[id(inst.exn_tab_entry.target)]] if inst.exn_tab_entry else [])
-            for jumps, inst in zip(self.jumps, self.instructions, strict=True)
-        ]
-        live: list[set[str]] = [set() for _ in self.instructions]
-        changed = True
-        while changed:
-            changed = False
-            for i in range(len(live) - 1, -1, -1):
-                after = set().union(*(live[s] for s in successors[i]))
-                # A write does not end liveness on the way into a handler; keeping it is the safe side.
-                if not self.instructions[i].exn_tab_entry:
-                    after -= self.written[i]
-                before = read[i] | after
-                if before != live[i]:
-                    live[i], changed = before, True
-        return live
+def _check_allowed(code: Bytecode, body: set[int]) -> None:
+    for i in sorted(body):
+        why = _FORBIDDEN.get(code.instructions[i].opname)
+        if why is not None:
+            raise Impure(why)
 
 
-def _locals_of(inst: Any) -> tuple[set[str], set[str]]:
-    """The locals that an instruction reads and writes.  One instruction may name two."""
-    names = inst.argval if isinstance(inst.argval, tuple) else (inst.argval,)
-    opname = inst.opname
-    if opname.startswith(("LOAD_FAST", "LOAD_DEREF", "LOAD_CLOSURE", "LOAD_CLASSDEREF")):
-        return set(names), (set(names) if opname == "LOAD_FAST_AND_CLEAR" else set())
-    if opname == "STORE_FAST_LOAD_FAST":
-        stored, loaded = names[0], names[-1]
-        return {loaded} - {stored}, {stored}
-    if opname.startswith(("STORE_FAST", "STORE_DEREF", "DELETE_FAST", "DELETE_DEREF")):
-        return set(), set(names)
-    return set(), set()
+def _node_of(value: Any) -> torch.fx.Node | int | None:
+    """The node of a tensor, or a number that may become one."""
+    if type(value) in (_compat.TensorVariable, _compat.NumpyNdarrayVariable):
+        return value.as_proxy().node
+    return value.value if _is_int(value) else None
+
+
+def _number_of(value: Any) -> Any:
+    """An int or a sympy expression."""
+    if isinstance(value, _compat.SymNodeVariable):
+        return value.sym_num.node.expr if isinstance(value.sym_num, torch.SymInt) else None
+    return value.value if _is_int(value) else None
+
+
+def _is_int(value: Any) -> bool:
+    return type(value) is _compat.ConstantVariable and type(value.value) is int
+
+
+def _at_zero(number: Any, size: Any) -> Any:
+    return number if isinstance(number, int) else number.subs(size, 0)
 
 
 def _objects_in_reach(tx: Any) -> dict[int, Any]:

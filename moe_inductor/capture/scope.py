@@ -70,6 +70,7 @@ class _Settings:
 
     backend: object
     speculate: bool
+    on_lost_frame: Callable[[], None]
 
 
 class Level(enum.IntEnum):
@@ -121,7 +122,12 @@ _lock = threading.Lock()
 _installed: dict[int, _Settings] = {}
 
 
-def install(backend: object, *, speculate: bool = False) -> bool:
+def install(
+    backend: object,
+    *,
+    speculate: bool = False,
+    on_lost_frame: Callable[[], None] = lambda: None,
+) -> bool:
     """Turn scoped capture on for ``backend``, recognised by identity.  Idempotent.
 
     False, with one warning, if this torch is not one that we know how to wrap; the backend then
@@ -130,13 +136,16 @@ def install(backend: object, *, speculate: bool = False) -> bool:
     speculate: also capture data-dependent loops by assuming things about the data
     (``capture.speculate``).  Only for a backend that proves or declines every one of
     ``scope.assumptions()``.
+
+    on_lost_frame: called when a frame that was given up ends without another compile call: Dynamo
+    skips a frame, for instance, whose graph it would have to break inside of a loop.
     """
     with _lock:
         if not _wrap_trace_frame():
             return False
         if speculate:
             importlib.import_module("moe_inductor.capture.speculate").hook()
-        _installed[id(backend)] = _Settings(backend, speculate)
+        _installed[id(backend)] = _Settings(backend, speculate, on_lost_frame)
     return True
 
 
@@ -243,6 +252,22 @@ def distrust(reason: Reason, locations: Collection[str]) -> NoReturn:
     raise _restart(attempt, next_level=attempt.level if new else Level.FLAGS)
 
 
+def stop_capturing(reason: Reason) -> NoReturn:
+    """Our settings lead Dynamo astray: trace this frame again without them."""
+    attempt = _state.attempt
+    assert attempt is not None
+    _note(reason, attempt.frame)
+    raise _restart(attempt, next_level=Level.STOCK)
+
+
+def refuse(reason: Reason, location: str) -> None:
+    """Nothing can be assumed at ``location``: this attempt goes on there as Dynamo does."""
+    attempt = _state.attempt
+    assert attempt is not None
+    _note(reason, attempt.frame)
+    attempt.frame.distrusted.add(location)
+
+
 def _wrap_trace_frame() -> bool:
     """Put the wrapper in place.  Called under the lock."""
     original: Any = getattr(_compat.dynamo_convert_frame, "trace_frame", None)
@@ -294,13 +319,14 @@ def _wrapper(original: Callable[..., Any]) -> Callable[..., Any]:
             except _compat.dynamo_exc.RestartAnalysis:
                 raise
             except Exception as error:
-                if attempt.level is Level.STOCK and frame.given_up is not None:
-                    _explain(error, frame.given_up)
                 if (
                     attempt.level is Level.STOCK
                     or _must_reach_user(error)
                     or not _may_pass_as_stock(attempt, error)
                 ):
+                    if frame.given_up is not None:
+                        _explain(error, frame.given_up)
+                        settings.on_lost_frame()
                     raise
                 _note(_reason_of(error), frame)
                 raise _restart(attempt) from error

@@ -5,8 +5,8 @@
 (``scope.assumptions()``), and taken only where ``capture.purity`` finds that nothing but tensors can
 tell the difference.  Otherwise the frame is captured without speculation.
 
-Works by three methods of Dynamo's variable trackers, which behave as ever unless the frame is being
-traced for a backend that asked for speculation.
+Works by a few methods of Dynamo's variable trackers and by the one that executes an instruction, which
+behave as ever unless the frame is being traced for a backend that asked for speculation.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import functools
 import operator
 import os
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 
 from moe_inductor import _compat
-from moe_inductor.capture import purity, scope
-from moe_inductor.capture.assumptions import NonEmpty, Visited
+from moe_inductor.capture import emptiness, purity, scope
+from moe_inductor.capture.assumptions import Kept, Length, NonEmpty, Tested, Visited
 from moe_inductor.capture.marker import keep
 from moe_inductor.reasons import Code, Reason
 
@@ -52,7 +53,7 @@ class ExpertIndex(_compat.ConstantVariable):
     @property
     def value(self) -> int:
         """What Dynamo computes with when it evaluates Python: the number, where that is allowed."""
-        use = _use_of_number()
+        use = _use_of_number(self.dims)
         if use is not None:
             give_up(f"the expert index is used in {use}")
         return self._number
@@ -73,6 +74,11 @@ class ExpertIndex(_compat.ConstantVariable):
     def getitem_const(self, tx: Any, key: Any) -> Any:
         return self._element(key)
 
+    def var_getattr(self, tx: Any, name: str) -> Any:
+        if name not in ("item", "squeeze", "tolist"):
+            give_up(f"the expert index is used in .{name}")
+        return _compat.GetAttrVariable(self, name)
+
     def call_method(self, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
         if name == "__getitem__":
             return self._element(args[0])
@@ -80,6 +86,8 @@ class ExpertIndex(_compat.ConstantVariable):
             return _compat.ConstantVariable.create(self._number)
         if name == "squeeze":
             return ExpertIndex(self._number, 0)
+        if name == "tolist":
+            return _compat.VariableTracker.build(tx, _listed(self._number, self.dims))
         give_up(f"the expert index is used in .{name}()")
 
     def is_python_hashable(self) -> bool:
@@ -109,16 +117,22 @@ def give_up(why: str, location: str = "") -> NoReturn:
 def hook() -> None:
     """Put the hooks in place; once, and before anything is speculated."""
     _hook(_compat.TensorVariable, "unpack_var_sequence", _unpack)
-    _hook(_compat.SymNodeVariable, "evaluate_expr", _evaluate)
+    _hook(_compat.TensorVariable, "call_method", _call_method)
     _hook(_compat.SideEffects, "check_allowed_side_effect", _check_mutation)
+    _hook(_compat.InstructionTranslatorBase, "step", _step, scope.current)
 
 
-def _hook(owner: type, name: str, replacement: Any) -> None:
+def _hook(
+    owner: type,
+    name: str,
+    replacement: Any,
+    wanted: Callable[[], scope.Attempt | None] = scope.speculating,
+) -> None:
     original = getattr(owner, name)
 
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        attempt = scope.speculating()
+        attempt = wanted()
         if attempt is None:
             return original(self, *args, **kwargs)
         return replacement(original, attempt, self, *args, **kwargs)
@@ -126,46 +140,197 @@ def _hook(owner: type, name: str, replacement: Any) -> None:
     setattr(owner, name, method)
 
 
+class Hits(_compat.ListVariable):
+    """``hits.tolist()``: one may loop over it, and not ask it anything."""
+
+    def __init__(self, rows: Any, bound: int, dims: int) -> None:
+        super().__init__([], mutation_type=_compat.ValueMutationNew())
+        self.rows, self.bound, self.dims = rows, bound, dims
+
+    @property
+    def items(self) -> NoReturn:
+        give_up("the list of hit experts is used other than in a for statement")
+
+    @items.setter
+    def items(self, items: list[Any]) -> None:
+        """Set by the base class; there is nothing in it."""
+
+    def numbers(self) -> list[Any]:
+        return [_listed(number, self.dims) for number in range(self.bound)]
+
+
+def _listed(number: int, dims: int) -> Any:
+    return number if dims == 0 else [number]
+
+
+def _step(original: Any, attempt: scope.Attempt, tx: Any) -> Any:
+    """One instruction of the model.  What lies on the stack is answered before Dynamo looks at it."""
+    pointer = tx.instruction_pointer
+    if pointer is not None and tx.stack:
+        coming = tx.instructions[pointer]
+        if _looks_for_a_number(tx.stack, coming):
+            why = "a number that depends on the data is looked for in a list"
+            scope.stop_capturing(Reason(Code.CONTROL_FLOW, why, _short(_location(tx, coming))))
+        if scope.speculating() is not None:
+            _before(attempt, tx, coming)
+    return original(tx)
+
+
+def _looks_for_a_number(stack: list[Any], coming: Any) -> bool:
+    """``e in counts.tolist()``: there Dynamo (up to 2.13) takes a number that it does not know to differ from every
+    constant, and ``is`` does so everywhere.  That is a wrong graph, not a break.
+    """
+    if coming.opname not in ("CONTAINS_OP", "IS_OP"):
+        return False
+    operands = stack[-2:]
+    if coming.opname == "CONTAINS_OP":
+        held = operands[-1]
+        if type(held) is Hits or not isinstance(held, _compat.BaseListVariable):
+            return False
+        operands = [operands[0], *held.items]
+    return any(isinstance(value, _compat.SymNodeVariable) for value in operands)
+
+
+def _before(attempt: scope.Attempt, tx: Any, coming: Any) -> None:
+    if coming.opname.startswith("POP_JUMP"):
+        _answer_test(attempt, tx, coming)
+    elif coming.opname == "GET_ITER" and type(tx.stack[-1]) is Hits:
+        _iterate(attempt, tx, coming)
+    elif coming.opname == "CALL" and any(_function_of(f) is len for f in tx.stack[-3:-1]):
+        _note_length_of_pieces(attempt, tx.stack[-1], _location(tx, coming))
+
+
+def _answer_test(attempt: scope.Attempt, tx: Any, jump: Any) -> None:
+    """``if size > 0``, ``if mask.any()``, ``if count == 0``, ``if pieces``."""
+    value = tx.stack[-1]
+    location = _location(tx, jump)
+    if location in attempt.frame.distrusted:
+        return
+    if isinstance(value, _compat.SymNodeVariable):
+        found = emptiness.of_number(value.sym_num)
+        if found is None:
+            return
+        size, truth = found
+        region = _region(
+            attempt,
+            "test of a data-dependent size",
+            location,
+            lambda: purity.branch_region(tx, truth, location, jump, size),
+        )
+        if region is not None:
+            attempt.assumptions.append(NonEmpty(size, location, region.passes))
+            tx.stack[-1] = _compat.ConstantVariable.create(truth)
+    elif type(value) in (_compat.TensorVariable, _compat.NumpyNdarrayVariable):
+        answer = emptiness.of_tensor(value.as_proxy().node)
+        if answer is None:
+            return
+        region = _region(
+            attempt,
+            "test of a tensor",
+            location,
+            lambda: purity.branch_region(tx, answer, location, jump),
+        )
+        if region is not None:
+            marker = keep(tx, value)
+            attempt.assumptions.append(Tested(marker, answer, location, region.passes))
+            tx.stack[-1] = _compat.ConstantVariable.create(answer)
+    else:
+        _note_length_of_pieces(attempt, value, location)
+
+
+def _note_length_of_pieces(attempt: scope.Attempt, pieces: Any, location: str) -> None:
+    """``if pieces``, ``if len(pieces)``: Dynamo answers for the list with all of the pieces."""
+    if type(pieces) is not _compat.ListVariable:
+        return
+    held = [item.as_proxy().node for item in pieces.items if item.is_tensor()]
+    passes = [
+        each
+        for assumption in attempt.assumptions
+        for each in getattr(assumption, "passes", ())
+        if any(node in held for node in each.appended)
+    ]
+    if passes:
+        attempt.assumptions.append(Kept(passes, location))
+
+
+def _iterate(attempt: scope.Attempt, tx: Any, start: Any) -> None:
+    """``for e in hits.tolist()``."""
+    hits, location = tx.stack[-1], _location(tx, start)
+    region = _region(
+        attempt,
+        "for-loop over data-dependent rows",
+        location,
+        lambda: purity.loop_region(tx, location, start),
+    )
+    if region is None:
+        give_up("the loop over the list of hit experts", location)
+    attempt.assumptions.append(Visited(keep(tx, hits.rows), hits.bound, location, region.passes))
+    tx.stack[-1] = _compat.VariableTracker.build(tx, hits.numbers())
+
+
+def _region(attempt: scope.Attempt, what: str, location: str, make: Any) -> purity.Region | None:
+    """Open a region of speculated code; None, and not again here, where that is not safe."""
+    try:
+        region = make()
+    except purity.Impure as impure:
+        scope.refuse(Reason(Code.CONTROL_FLOW, f"{what}: {impure}", _short(location)), location)
+        return None
+    attempt.regions[:] = [r for r in attempt.regions if not r.closed]
+    attempt.regions.append(region)
+    purity.watch(region, lambda r, impure: give_up(f"{r.kind}: {impure}", r.location))
+    return region
+
+
 def _unpack(
     original: Any, attempt: scope.Attempt, rows: Any, tx: Any, *args: Any, **kw: Any
 ) -> Any:
     """``for e in rows``."""
-    value = rows.proxy.node.meta.get("example_value")
-    bound = _row_bound(value)
-    location = _location(tx)
-    if (
-        bound is None
-        or tx.current_instruction.opname != "GET_ITER"
-        or location in attempt.frame.distrusted
-    ):
+    node = rows.proxy.node
+    value, location = node.meta.get("example_value"), _location(tx)
+    if _settle_length(attempt, tx, rows, location):
         return original(rows, tx, *args, **kw)
-    try:
-        region = purity.loop_region(tx, location)
-    except purity.Impure as impure:
-        give_up(f"for-loop over data-dependent rows: {impure}", location)
-    _open(attempt, region)
-    marker = keep(tx, rows)
-    attempt.assumptions.append(Visited(marker, bound, location, region.passes))
+    bound = _row_bound(node)
+    start = tx.current_instruction
+    if bound is None or start.opname != "GET_ITER" or location in attempt.frame.distrusted:
+        return original(rows, tx, *args, **kw)
+    region = _region(
+        attempt,
+        "for-loop over data-dependent rows",
+        location,
+        lambda: purity.loop_region(tx, location, start),
+    )
+    if region is None:
+        return original(rows, tx, *args, **kw)
+    attempt.assumptions.append(Visited(keep(tx, rows), bound, location, region.passes))
     return [ExpertIndex(i, value.dim() - 1) for i in range(bound)]
 
 
-def _evaluate(original: Any, attempt: scope.Attempt, symbol: Any, output_graph: Any = None) -> Any:
-    """``if size > 0`` and the like."""
-    found = _emptiness_test(symbol.sym_num)
-    if found is None or output_graph is None:
-        return original(symbol, output_graph)
-    size, truth = found
-    tx = output_graph.current_tx
-    location = _location(tx)
-    if location in attempt.frame.distrusted:
-        return original(symbol, output_graph)
-    try:
-        region = purity.branch_region(tx, truth, location)
-    except purity.Impure as impure:
-        give_up(f"test of a data-dependent size: {impure}", location)
-    _open(attempt, region)
-    attempt.assumptions.append(NonEmpty(size, location, region.passes))
-    return truth
+def _call_method(
+    original: Any, attempt: scope.Attempt, rows: Any, tx: Any, name: str, *args: Any, **kw: Any
+) -> Any:
+    """``rows.tolist()``."""
+    if name == "tolist" and type(rows) is _compat.TensorVariable:
+        node, location = rows.proxy.node, _location(tx)
+        if not _settle_length(attempt, tx, rows, location):
+            bound = _row_bound(node)
+            if bound is not None and location not in attempt.frame.distrusted:
+                return Hits(rows, bound, node.meta["example_value"].dim() - 1)
+    return original(rows, tx, name, *args, **kw)
+
+
+def _settle_length(attempt: scope.Attempt, tx: Any, rows: Any, location: str) -> bool:
+    """The counts of ``bincount`` are as many as the model said they are at least."""
+    node = rows.proxy.node
+    length = emptiness.minimal_length(node)
+    if length is None or location in attempt.frame.distrusted:
+        return False
+    size = node.meta["example_value"].shape[0]
+    if isinstance(size, torch.SymInt):
+        if not size.node.expr.is_symbol:
+            return False
+        torch._check(size == length)
+        attempt.assumptions.append(Length(keep(tx, rows), length, location))
+    return True
 
 
 def _check_mutation(original: Any, attempt: scope.Attempt, effects: Any, item: Any) -> Any:
@@ -177,14 +342,9 @@ def _check_mutation(original: Any, attempt: scope.Attempt, effects: Any, item: A
     return original(effects, item)
 
 
-def _open(attempt: scope.Attempt, region: purity.Region) -> None:
-    attempt.regions[:] = [r for r in attempt.regions if not r.closed]
-    attempt.regions.append(region)
-    purity.watch(region, lambda r, impure: give_up(f"{r.kind}: {impure}", r.location))
-
-
-def _row_bound(value: Any) -> int | None:
+def _row_bound(node: torch.fx.Node) -> int | None:
     """How many rows an integer tensor [n] or [n, 1] of data-dependent length can have at most."""
+    value = node.meta.get("example_value")
     if not isinstance(value, torch.Tensor) or value.dtype != torch.int64:
         return None
     if value.dim() not in (1, 2) or (value.dim() == 2 and value.shape[1] != 1):
@@ -195,30 +355,14 @@ def _row_bound(value: Any) -> int | None:
     expression = length.node.expr
     if not expression.is_symbol or not _compat.free_unbacked_symbols(length):
         return None
-    upper = length.node.shape_env.var_to_range[expression].upper
-    return int(upper) if upper.is_Integer and 2 <= upper <= MAX_EXPERTS else None
+    upper = emptiness.distinct_values(node)
+    if upper is None:
+        upper = length.node.shape_env.var_to_range[expression].upper
+        upper = int(upper) if upper.is_Integer else None
+    return upper if upper is not None and 2 <= upper <= MAX_EXPERTS else None
 
 
-def _emptiness_test(condition: Any) -> tuple[Any, bool] | None:
-    """The data-dependent size, and the answer for every size from 1 on, if that is what it tests."""
-    if not isinstance(condition, torch.SymBool):
-        return None
-    expression, env = condition.node.expr, condition.node.shape_env
-    symbols = _compat.free_unbacked_symbols(condition)
-    if len(symbols) != 1 or expression.free_symbols != symbols or not expression.is_Relational:
-        return None
-    (size,) = symbols
-    other = [side for side in expression.args if side != size]
-    if len(other) != 1 or other[0] not in (0, 1) or env.var_to_range[size].lower != 0:
-        return None
-    # Between a size and 0 or 1, a relation that agrees on 1 and 2 agrees from there on.
-    answers = {bool(expression.subs(size, n)) for n in (1, 2, 3)}
-    if len(answers) != 1 or bool(expression.subs(size, 0)) in answers:
-        return None
-    return size, answers.pop()
-
-
-def _use_of_number() -> str | None:
+def _use_of_number(dims: int) -> str | None:
     """None if the instruction being traced may use the number in place of the tensor."""
     tx = _innermost()
     opname = tx.current_instruction.opname
@@ -231,6 +375,9 @@ def _use_of_number() -> str | None:
         coming = {inst.opname for inst in tx.instructions[pointer : pointer + 1]}
         tested = any(name.startswith("POP_JUMP") or name == "TO_BOOL" for name in coming)
         return None if tested else "a comparison whose result is kept"
+    if opname in ("FORMAT_VALUE", "FORMAT_SIMPLE") and not tx.current_instruction.arg:
+        # f"{e}" of a tensor without dimensions is the text of its number.
+        return None if dims == 0 else "a string"
     if opname.startswith("CALL"):
         called = _builtin_being_called()
         if any(called is function for function in _SAME_FOR_NUMBERS):
@@ -258,19 +405,27 @@ def _builtin_being_called() -> Any:
             return owner.fn
         if frame.f_code.co_name == "call_function" and isinstance(owner, _compat.VariableTracker):
             # torch >= 2.15 has other trackers for builtins that it evaluates on constants.
-            return getattr(owner, "fn", getattr(owner, "value", None))
+            return _function_of(owner)
         frame = frame.f_back
         if frame is None:
             return None
     return None
 
 
+def _function_of(tracker: Any) -> Any:
+    """What a tracker stands for that holds it as it is.  (Some compute it, and some cannot.)"""
+    held = vars(tracker)
+    return held.get("fn", held.get("value"))
+
+
 def _innermost() -> Any:
     return _compat.InstructionTranslator.current_tx().output.current_tx
 
 
-def _location(tx: Any) -> str:
-    return f"{tx.f_code.co_filename}:{tx.lineno}"
+def _location(tx: Any, coming: Any = None) -> str:
+    """Of the instruction being traced, or of the one that comes next."""
+    line = tx.lineno if coming is None or coming.starts_line is None else coming.starts_line
+    return f"{tx.f_code.co_filename}:{line}"
 
 
 def _short(location: str) -> str:

@@ -58,7 +58,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation
     model = getattr(model, "_orig_mod", model)  # a module that torch.compile wrapped
     model = getattr(model, "_torchdynamo_orig_callable", model)  # a function that it wrapped
     backend = MoEInductor(dry_run=True)
-    scope.install(backend, speculate=True)
+    backend.install()
     breaks_before = len(_compat.graph_breaks())
     try:
         with _compat.isolated_dynamo():

@@ -7,6 +7,7 @@ noise) is left to the ``experts`` argument and to the normal form, so that it ne
     def reference(x, topk_ids, topk_weights, experts, **facts) -> Tensor        # ExpertsSpelling
     def reference(router_logits, k, **facts) -> (topk_weights, topk_ids)        # RouterSpelling
     def reference(topk_ids, num_classes, **facts) -> rows                       # HitListSpelling
+    def reference(topk_ids, e, **facts) -> Tensor []                            # ChosenSpelling
 
 The reference is traced twice: once with a hole for the expert MLP, which gives the pattern, and once with the
 matched inputs and the described MLP, which gives the proof.
@@ -109,17 +110,36 @@ class HitListSpelling:
     """One way to list the experts that were chosen at all, for a loop over them.
 
     reference(topk_ids [T, k], num_classes, **facts) -> [n] or [n, 1], the sorted distinct ids; all are < num_classes.
+    ids_in_range: it is that only for ids that come from a top-k over num_classes scores.
     """
 
     name: str
     source: str
     reference: Callable[..., torch.Tensor]
     facts: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+    ids_in_range: bool = False
     samples: tuple[Sample, ...] = ()
     near_misses: tuple[NearMiss, ...] = ()
 
 
-Spelling = ExpertsSpelling | RouterSpelling | HitListSpelling
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChosenSpelling:
+    """One way to ask whether an expert was chosen by any token, before its tokens are run.
+
+    reference(topk_ids [T, k], e, **facts) -> a tensor without dimensions that Python is to find true or false.
+    truth(facts): which of the two, for an expert that was chosen; the other for one that was not.
+    """
+
+    name: str
+    source: str
+    reference: Callable[..., torch.Tensor]
+    truth: Callable[[Mapping[str, Any]], bool]
+    facts: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+    samples: tuple[Sample, ...] = ()
+    near_misses: tuple[NearMiss, ...] = ()
+
+
+Spelling = ExpertsSpelling | RouterSpelling | HitListSpelling | ChosenSpelling
 
 
 def combinations(facts: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:

@@ -37,6 +37,7 @@ class Bound:
 
     output [T, H]; x [.., H], topk_ids and topk_weights with T*k elements, each up to a reshape.
     visited: expert ids in the order a loop adds them up; range(E) for the other spellings.
+    traced: how many of these the graph holds; the others are the same code (``region/fold.py``).
     """
 
     spelling: ExpertsSpelling
@@ -50,6 +51,7 @@ class Bound:
     up: Weight | None
     down: Weight
     visited: tuple[int, ...]
+    traced: int
     router: BoundRouter | None = None
 
     def inputs(self) -> list[fx.Node]:

@@ -24,7 +24,7 @@ from moe_inductor.match.bind import Bound, Weight, check_experts
 from moe_inductor.match.loop import Group, Iteration, group_iterations
 from moe_inductor.match.pieces import Pieces, Shapes, experts_pieces
 from moe_inductor.reasons import Code, Refusal
-from moe_inductor.region.canonical import Canonical
+from moe_inductor.region.canonical import Canonical, Folded
 from moe_inductor.region.nodes import location, value
 
 
@@ -40,7 +40,7 @@ def propose(
             combinations(spelling.facts), _shapes(canonical, spelling.anchor)
         ):
             pieces = experts_pieces(spelling, tuple(sorted(facts.items())), shapes)
-            attempt = _Attempt(spelling, facts, shapes, pieces)
+            attempt = _Attempt(spelling, facts, shapes, pieces, canonical.folded)
             found, failed = attempt.run(find_all(canonical.module, pieces.upper))
             refused += failed
             if found:
@@ -55,6 +55,7 @@ class _Attempt:
     facts: dict[str, Any]
     shapes: Shapes
     pieces: Pieces
+    folded: Folded | None
 
     def run(self, matches: list[Match]) -> tuple[list[Bound], list[Refusal]]:
         found, failed = [], []
@@ -94,7 +95,9 @@ class _Attempt:
             unit = read_activation(match.kwargs["hidden"])
             lower = [self._lower(gemm) for gemm in dict.fromkeys((unit.gate, unit.up))]
             iterations.append(Iteration(match, match.kwargs, unit, lower))
-        group = group_iterations(iterations, is_transposed=self.shapes.is_transposed)
+        group = group_iterations(
+            iterations, is_transposed=self.shapes.is_transposed, folded=self.folded
+        )
         return self._bound(iterations[0].unit, iterations[0].upper, group)
 
     def _lower(self, gemm: fx.Node) -> dict[str, Any]:
@@ -114,10 +117,11 @@ class _Attempt:
         moe = _describe(self.spelling, unit, upper["topk_ids"], group)
         self._check_trace(moe, upper, group)
         check_experts(moe, group.gate_up, group.up, group.down)
-        if self.facts.get(self.spelling.ids_in_range or "") and not _in_range(
+        if self.facts.get(self.spelling.ids_in_range or "") and not ids_in_range(
             upper["topk_ids"], moe.experts.num_experts
         ):
             raise Refusal(Code.SPELLING, "ids may be out of range", location(group.output))
+        visited = group.visited or tuple(range(moe.experts.num_experts))
         return Bound(
             spelling=self.spelling,
             facts=self.facts,
@@ -129,7 +133,8 @@ class _Attempt:
             gate_up=group.gate_up,
             up=group.up,
             down=group.down,
-            visited=group.visited or tuple(range(moe.experts.num_experts)),
+            visited=visited,
+            traced=group.traced or len(visited),
         )
 
     def _check_trace(self, moe: MoE, upper: dict[str, Any], group: Group) -> None:
@@ -247,7 +252,7 @@ def _expr(size: Any) -> sympy.Expr:
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
-def _in_range(topk_ids: fx.Node, num_experts: int) -> bool:
+def ids_in_range(topk_ids: fx.Node, num_experts: int) -> bool:
     """Are the ids positions among E scores, hence in ``[0, E)``?"""
     pack = topk_ids.args[0] if topk_ids.target is operator.getitem else None
     if not isinstance(pack, fx.Node) or pack.target is not torch.ops.aten.topk.default:

@@ -17,6 +17,7 @@ from moe_inductor._compat import Match, bound_nodes
 from moe_inductor.match.activation import GatedUnit
 from moe_inductor.match.bind import Weight
 from moe_inductor.reasons import Code, Refusal
+from moe_inductor.region.canonical import Folded
 from moe_inductor.region.nodes import location, node_arg, value
 
 aten = torch.ops.aten
@@ -38,7 +39,10 @@ class Iteration:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Group:
-    """A whole block.  Weights are in the order of expert ids; visited is the order of a loop's sum."""
+    """A whole block.  Weights are in the order of expert ids; visited is the order of a loop's sum.
+
+    traced: how many of the visited experts are in the graph; the others are folded into these.
+    """
 
     output: fx.Node
     x: fx.Node
@@ -46,9 +50,12 @@ class Group:
     up: Weight | None
     down: Weight
     visited: tuple[int, ...] | None
+    traced: int | None = None
 
 
-def group_iterations(iterations: list[Iteration], *, is_transposed: bool) -> Group:
+def group_iterations(
+    iterations: list[Iteration], *, is_transposed: bool, folded: Folded | None = None
+) -> Group:
     """Raises Refusal with the code of the first requirement that does not hold."""
     chain = _chain(iterations)
     first = chain[0]
@@ -62,10 +69,22 @@ def group_iterations(iterations: list[Iteration], *, is_transposed: bool) -> Gro
         )
         if not same:
             raise Refusal(Code.INPUTS_DIFFER, "", location(it.output))
-    visited = _expert_ids(chain)
+    traced = _expert_ids(chain)
+    visited = traced
+    if folded is not None:
+        visited = folded.ids
+        if visited[: len(traced)] != traced:
+            raise Refusal(Code.SPELLING, "", location(chain[0].output))
 
     def weight(sources: list[fx.Node]) -> Weight:
-        return _weight(chain, visited, sources, is_transposed)
+        found = _weight(chain, traced, sources, is_transposed)
+        if folded is None or found.is_stacked:
+            return found
+        every = folded.weights.get(sources[0])
+        if every is None:
+            raise Refusal(Code.LAYOUT, "", location(sources[0]))
+        by_id = dict(zip(visited, every, strict=True))
+        return dataclasses.replace(found, nodes=tuple(by_id[e] for e in sorted(by_id)))
 
     gate_up = weight([it.lower[0]["gate_up"] for it in chain])
     up = None
@@ -80,7 +99,9 @@ def group_iterations(iterations: list[Iteration], *, is_transposed: bool) -> Gro
     missing = sorted(set(range(num_experts)) - set(visited))
     if missing or sorted(visited) != list(range(len(visited))):
         raise Refusal(Code.EXPERT_MISSING, f"experts {missing[:4]} are never visited", last)
-    return Group(chain[-1].output, first.lower[0]["x"], gate_up, up, down, visited)
+    return Group(
+        chain[-1].output, first.lower[0]["x"], gate_up, up, down, visited, traced=len(traced)
+    )
 
 
 def _chain(iterations: list[Iteration]) -> list[Iteration]:

@@ -1,73 +1,110 @@
 """What capture took for granted while it traced a block, proved for that block.
 
 The graph of a speculated loop says what happens when every expert is visited and has tokens.  The model visits only
-those in its hit list, and skips an expert whose rows are empty.  The two are the same if
+those in its hit list, and skips an expert that has no tokens.  The two are the same if
 
 * what is traced speculatively reaches the rest of the program only as the experts' additions to the block's sum.  These
   are the links of the chain that ``prove_experts`` has shown; all else has to be gone after the rewrite, which
-  ``survivors`` tells;
+  ``unaccounted`` tells;
 * pass e of a loop makes the addition of expert e and no other, and the hit list holds every expert that was chosen.
   Who is not in it then adds no rows;
-* an emptiness test guards only additions of that many rows.
+* a test of a size guards only additions of that many rows, and a test of a tensor only the additions of one expert, for
+  which it asks whether it was chosen.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import fx
 
-from moe_inductor.capture.assumptions import Assumption, NonEmpty, Pass, Visited
+from moe_inductor.capture.assumptions import Assumption, Length, NonEmpty, Pass, Tested, Visited
 from moe_inductor.capture.marker import take
-from moe_inductor.match.api import HitListSpelling, combinations
+from moe_inductor.match.api import ChosenSpelling, HitListSpelling, combinations
 from moe_inductor.match.bind import Bound
+from moe_inductor.match.experts import ids_in_range
 from moe_inductor.prove.expressions import Numbering
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.canonical import Canonical, trace
+from moe_inductor.region.find import Region
+from moe_inductor.region.fold import sum_steps
 from moe_inductor.region.nodes import is_integral, mutated, storages, unbacked, value
 from moe_inductor.region.normalise import normalise
 
 aten = torch.ops.aten
 
 
-def concerning(canonical: Canonical, assumptions: Iterable[Assumption]) -> list[Assumption]:
-    """Those under which some node of the region was traced."""
-    members = set(canonical.region.nodes)
-    return [a for a in assumptions if any(n in members for p in a.passes for n in p.nodes)]
+class Assumed:
+    """The assumptions of one capture.
 
+    proved: those that hold for a block.  kept: the tensor that an assumption is about, where nothing else reads it.
+    """
 
-def survivors(graphs: Sequence[fx.Graph], assumptions: Iterable[Assumption]) -> list[Assumption]:
-    """Those under which something was traced that is still computed."""
-    alive = {n for graph in graphs for n in graph.nodes}
-    return [a for a in assumptions if any(n in alive for p in a.passes for n in p.nodes)]
+    def __init__(self, assumptions: Iterable[Assumption] = ()) -> None:
+        self.all = list(assumptions)
+        self.proved: set[Assumption] = set()
+        self.kept: dict[Assumption, fx.Node] = {
+            a: take(a.marker) for a in self.all if isinstance(a, (Visited, Tested, Length))
+        }
 
+    def concerning(self, region: Region) -> list[Assumption]:
+        """Those that the region was traced under."""
+        members = set(region.nodes)
+        return [
+            a
+            for a in self.all
+            if self.kept.get(a) in members or any(n in members for p in a.passes for n in p.nodes)
+        ]
 
-def take_markers(assumptions: Iterable[Assumption]) -> dict[Assumption, fx.Node]:
-    """The hit list of each speculated loop; from now on nothing in the graph keeps it."""
-    return {a: take(a.marker) for a in assumptions if isinstance(a, Visited)}
+    def guards(self, region: Region) -> dict[fx.Node, list[fx.Node]]:
+        """For each addition to the sum, the tensors whose test decides whether it is made."""
+        steps = set(sum_steps(region))
+        found: dict[fx.Node, list[fx.Node]] = {}
+        for test in self.all:
+            if isinstance(test, Tested):
+                for node in (n for p in test.passes for n in p.nodes if n in steps):
+                    found.setdefault(node, []).append(self.kept[test])
+        return found
+
+    def unaccounted(self, graphs: Sequence[fx.Graph]) -> list[Assumption]:
+        """Those that were not proved, or under which something was traced that is still computed."""
+        alive = {n for graph in graphs for n in graph.nodes}
+        return [
+            a
+            for a in self.all
+            if a not in self.proved or any(n in alive for p in a.passes for n in p.nodes)
+        ]
 
 
 def prove_assumptions(
     canonical: Canonical,
     bound: Bound,
-    assumptions: Sequence[Assumption],
-    rows: Mapping[Assumption, fx.Node],
+    assumed: Assumed,
     hit_lists: Sequence[HitListSpelling],
+    chosen: Sequence[ChosenSpelling],
 ) -> None:
-    """All of ``concerning(canonical, ..)`` hold for a block that ``prove_experts`` accepted.
+    """All that the region was traced under holds for a block that ``prove_experts`` accepted.
 
     Raises Refusal(ASSUMPTION) with the loop or test that does not.
     """
-    for assumption in assumptions:
+    concerning = assumed.concerning(canonical.region)
+    for assumption in concerning:
         if isinstance(assumption, Visited):
             _each_pass_adds_its_expert(assumption, bound)
-            _lists_every_chosen_expert(canonical, assumption, rows[assumption], bound, hit_lists)
+            rows = assumed.kept[assumption]
+            _lists_every_chosen_expert(canonical, assumption, rows, bound, hit_lists)
         elif isinstance(assumption, NonEmpty):
             _guards_its_own_rows(assumption)
+        elif isinstance(assumption, Tested):
+            _asks_whether_chosen(canonical, assumption, assumed.kept[assumption], bound, chosen)
+        elif isinstance(assumption, Length):
+            _counts_no_other_ids(canonical, assumption, assumed.kept[assumption], bound)
         else:
             raise Refusal(Code.ASSUMPTION, "", _where(assumption))
+    assumed.proved.update(concerning)
 
 
 def _each_pass_adds_its_expert(loop: Visited, bound: Bound) -> None:
@@ -89,14 +126,11 @@ def _lists_every_chosen_expert(
     hit_lists: Sequence[HitListSpelling],
 ) -> None:
     """``rows`` is a known function of ``topk_ids`` whose value is the sorted list of the ids that occur."""
-    held_in = (n for n, held in canonical.dynamo_of.items() if listed in held)
-    rows = next(held_in, None)
-    if rows is not None:
-        rows = _unviewed(rows)
-        for spelling in hit_lists:
-            for facts in combinations(spelling.facts):
-                if is_hit_list(canonical, rows, bound, loop.bound, spelling, facts):
-                    return
+    rows = _held_in(canonical, listed)
+    for spelling in hit_lists if rows is not None else ():
+        for facts in combinations(spelling.facts):
+            if is_hit_list(canonical, rows, bound, loop.bound, spelling, facts):
+                return
     raise Refusal(
         Code.ASSUMPTION,
         "for-loop over data-dependent rows: not known to be the list of the chosen experts",
@@ -113,12 +147,84 @@ def is_hit_list(
     facts: dict[str, object],
 ) -> bool:
     """Is ``rows`` what the spelling with these facts makes of the block's ids?"""
+    if spelling.ids_in_range and not ids_in_range(bound.topk_ids, num_classes):
+        return False
+    return _equals(
+        canonical, rows, bound, lambda ids: spelling.reference(ids, num_classes, **facts)
+    )
 
-    def reference(topk_ids: torch.Tensor) -> torch.Tensor:
-        return spelling.reference(topk_ids.reshape(-1, bound.moe.top_k), num_classes, **facts)
+
+def _asks_whether_chosen(
+    canonical: Canonical,
+    test: Tested,
+    tested: fx.Node,
+    bound: Bound,
+    spellings: Sequence[ChosenSpelling],
+) -> None:
+    """The value is a known function of ``topk_ids`` that says whether expert e occurs; only its rows depend on it."""
+    steps = sum_steps(canonical.region)
+    number = dict(zip(steps, bound.visited, strict=False))
+    effects = [node for one in test.passes for node in _effects(one, test)]
+    experts = {number.get(node) for node in effects}
+    asked = _held_in(canonical, tested)
+    if len(steps) == len(bound.visited) and len(experts) <= 1:
+        (e,) = experts or {None}
+        if not effects:
+            return  # it decides about nothing
+        if e is not None and (
+            # The test of a pass that is folded was compared with those that are not.
+            (asked is None and effects[0] in steps[bound.traced :] and canonical.folded is not None)
+            or _is_known_test(canonical, asked, e, test.truth, bound, spellings)
+        ):
+            return
+    raise Refusal(
+        Code.ASSUMPTION,
+        "test of a tensor: not known to ask whether the expert was chosen whose rows depend on it",
+        _where(test),
+    )
+
+
+def _is_known_test(
+    canonical: Canonical,
+    asked: fx.Node | None,
+    e: int,
+    truth: bool,
+    bound: Bound,
+    spellings: Sequence[ChosenSpelling],
+) -> bool:
+    return asked is not None and any(
+        spelling.truth(facts) is truth
+        and is_chosen_test(canonical, asked, bound, e, spelling, facts)
+        for spelling in spellings
+        for facts in combinations(spelling.facts)
+    )
+
+
+def is_chosen_test(
+    canonical: Canonical,
+    asked: fx.Node,
+    bound: Bound,
+    e: int,
+    spelling: ChosenSpelling,
+    facts: dict[str, object],
+) -> bool:
+    """Is ``asked`` what the spelling with these facts asks about expert ``e``?"""
+    return _equals(canonical, asked, bound, lambda ids: spelling.reference(ids, e, **facts))
+
+
+def _equals(
+    canonical: Canonical,
+    node: fx.Node,
+    bound: Bound,
+    reference: Callable[[torch.Tensor], torch.Tensor],
+) -> bool:
+    """Is ``node`` the value of ``reference(topk_ids)``, up to a view?"""
+
+    def of_ids(topk_ids: torch.Tensor) -> torch.Tensor:
+        return reference(topk_ids.reshape(-1, bound.moe.top_k))
 
     try:
-        traced = trace(reference, [value(bound.topk_ids)], canonical.fake_mode)
+        traced = trace(of_ids, [value(bound.topk_ids)], canonical.fake_mode)
     except Exception:  # it does not run with these ids, so it is not what the model ran
         return False
     graph, _ = normalise(traced.graph)
@@ -127,7 +233,7 @@ def is_hit_list(
     numbering = Numbering()
     numbering.leaf(bound.topk_ids, "topk_ids")
     numbering.leaf(ids, "topk_ids")
-    return numbering.number(rows) == numbering.number(_unviewed(output.args[0]))
+    return numbering.number(_unviewed(node)) == numbering.number(_unviewed(output.args[0]))
 
 
 def _guards_its_own_rows(test: NonEmpty) -> None:
@@ -147,17 +253,33 @@ def _guards_its_own_rows(test: NonEmpty) -> None:
                 )
 
 
+def _counts_no_other_ids(
+    canonical: Canonical, length: Length, counts: fx.Node, bound: Bound
+) -> None:
+    """The counts are those of the block's ids, all of which are below the length."""
+    held = _held_in(canonical, counts)
+    counted = None
+    if held is not None and _unviewed(held).target is aten.bincount.default:
+        counted = _unviewed(_unviewed(held).all_input_nodes[0])
+    if counted is not bound.topk_ids or not ids_in_range(bound.topk_ids, length.length):
+        raise Refusal(
+            Code.ASSUMPTION,
+            "bincount: not known to count ids below its minlength",
+            _where(length),
+        )
+
+
 def _effects(one: Pass, assumption: Assumption) -> list[fx.Node]:
     """Nodes of a pass that can be seen from outside: writes into older tensors, and new values of older locals."""
     nodes = set(one.nodes)
     older = {s for n in one.nodes for a in n.all_input_nodes if a not in nodes for s in storages(a)}
     found = {
-        n: None
+        n
         for n in one.nodes
         for target in mutated(n)
         if target not in nodes or storages(target) & older
     }
-    if getattr(one, "appended", ()):
+    if one.appended:
         raise Refusal(Code.ASSUMPTION, "a list is filled by the passes", _where(assumption))
     for name, after in one.after.items():
         before = one.before.get(name)
@@ -167,14 +289,19 @@ def _effects(one: Pass, assumption: Assumption) -> list[fx.Node]:
             raise Refusal(
                 Code.ASSUMPTION, f"`{name}` is not a sum over the passes", _where(assumption)
             )
-        found[after] = None
+        found.add(after)
     return [n for n in one.nodes if n in found]
 
 
-def _unviewed(node: fx.Node) -> fx.Node:
-    """A list [n, 1] as [n] is the same list."""
+def _held_in(canonical: Canonical, dynamo: fx.Node) -> fx.Node | None:
+    """The normal-form node whose value the Dynamo node holds."""
+    return next((n for n, held in canonical.dynamo_of.items() if dynamo in held), None)
+
+
+def _unviewed(node: Any) -> fx.Node:
+    """A list [n, 1] as [n] is the same list, and the order of ids is nothing to a count."""
     while node.target is aten.view.default:
-        (node,) = (a for a in node.all_input_nodes[:1])
+        node = node.args[0]
     return node
 
 

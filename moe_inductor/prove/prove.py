@@ -50,7 +50,7 @@ def reference_of(bound: Bound) -> Callable[..., torch.Tensor]:
         gate_up = weights[: counts[0]]
         up = weights[counts[0] : sum(counts)]
         down = weights[sum(counts) :]
-        experts = DescribedExperts(moe, gate_up, up, down, bound.visited)
+        experts = DescribedExperts(moe, gate_up, up, down, bound.visited[: bound.traced])
         return bound.spelling.reference(
             x.reshape(-1, moe.experts.hidden_size),
             topk_ids.reshape(-1, moe.top_k),

@@ -28,8 +28,17 @@ from moe_inductor._compat import (
 )
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.find import Region
+from moe_inductor.region.fold import Fold
 from moe_inductor.region.nodes import is_floating, location, mutated, name_of, storages, value
 from moe_inductor.region.normalise import normalise
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Folded:
+    """ids: the expert of every pass, in order.  weights: for an input that a traced pass reads, that of every pass."""
+
+    ids: tuple[int, ...]
+    weights: dict[fx.Node, tuple[fx.Node, ...]]
 
 
 @dataclasses.dataclass(eq=False)
@@ -38,6 +47,7 @@ class Canonical:
     dynamo_of: for a normal-form node, the Dynamo nodes that hold its value once the region has run, inputs included.
     fake_mode: where to trace references that are to be compared with ``graph``.
     grad_enabled: grad mode of the experts.  router_refusal: why the router must stay, when it runs under another.
+    folded: what stands for passes of a loop that were not traced (``region/fold.py``).
     """
 
     region: Region
@@ -46,6 +56,7 @@ class Canonical:
     fake_mode: FakeTensorMode
     grad_enabled: bool
     router_refusal: Refusal | None
+    folded: Folded | None = None
 
     @property
     def graph(self) -> fx.Graph:
@@ -63,13 +74,15 @@ class Canonical:
         return self.region.location
 
 
-def canonicalise(gm: fx.GraphModule, region: Region) -> Canonical:
-    """Trace ``region``.  Raises Refusal (MUTATION, GRAD_STATE, AUTOCAST, CANONICALISE)."""
+def canonicalise(gm: fx.GraphModule, region: Region, folds: Fold | None = None) -> Canonical:
+    """Trace ``region``, or what ``folds`` keeps of it.
+
+    Raises Refusal (MUTATION, GRAD_STATE, AUTOCAST, CANONICALISE).
+    """
     grad_enabled, router_refusal = _one_state(region)
     _no_foreign_mutation(region)
     fake_mode = _fake_mode(region)
-    wanted = [n for n in region.nodes if _trackable(n)]
-    runner = _Runner(gm, region, wanted)
+    runner = _Runner(gm, region, folds)
     try:
         traced = trace(runner, [value(n) for n in region.inputs], fake_mode)
     except Refusal:
@@ -86,13 +99,18 @@ def canonicalise(gm: fx.GraphModule, region: Region) -> Canonical:
     graph, env = normalise(traced.graph, keep_detach=grad_enabled)
     dynamo_of: dict[fx.Node, list[fx.Node]] = {}
     holders = list(zip(region.inputs, _placeholders(traced.graph), strict=True))
-    holders += list(zip(wanted, _results(traced.graph), strict=True))
+    holders += list(zip(runner.wanted, _results(traced.graph), strict=True))
     for dynamo, raw in holders:
         new = env.get(raw)
         if isinstance(new, fx.Node):
             dynamo_of.setdefault(new, []).append(dynamo)
     module = fx.GraphModule(traced, graph)
-    return Canonical(region, module, dynamo_of, fake_mode, grad_enabled, router_refusal)
+    folded = None
+    if folds is not None:
+        inputs = {dynamo: env[raw] for dynamo, raw in holders[: len(region.inputs)]}
+        of_pass = {inputs[w]: tuple(inputs[n] for n in ws) for w, ws in folds.weights.items()}
+        folded = Folded(folds.ids, of_pass)
+    return Canonical(region, module, dynamo_of, fake_mode, grad_enabled, router_refusal, folded)
 
 
 def trace(
@@ -122,20 +140,27 @@ def trace(
 
 
 class _Runner(fx.Interpreter):
-    """Runs the region's Dynamo nodes; returns the final value of every wanted one."""
+    """Runs the region's Dynamo nodes, folded or not; returns the final value of every wanted one."""
 
-    def __init__(self, gm: fx.GraphModule, region: Region, wanted: list[fx.Node]) -> None:
+    def __init__(self, gm: fx.GraphModule, region: Region, folds: Fold | None) -> None:
         super().__init__(gm, graph=region.graph)
         self.region = region
-        self.wanted = wanted
+        self.nodes = region.nodes if folds is None else folds.nodes
+        self.wanted = [n for n in self.nodes if _trackable(n)]
         self.current: fx.Node | None = None
+        # The sum after the passes that are run stands for the sum after all.
+        self.last, self.last_run = folds.last if folds is not None and folds.last else (None, None)
+        if self.last is not None and self.last_run is not None:
+            self.wanted[self.wanted.index(self.last_run)] = self.last
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         self.env = dict(zip(self.region.inputs, args, strict=True))
-        for node in self.region.nodes:
+        for node in self.nodes:
             self.current = node
             with fx_traceback.set_current_meta(node):  # ATen nodes inherit the model's source line
                 self.env[node] = self.run_node(node)
+            if node is self.last_run and self.last is not None:
+                self.env[self.last] = self.env[node]
         self.current = None
         return tuple(self.env[n] for n in self.wanted)
 
@@ -203,8 +228,6 @@ def _one_state(region: Region) -> tuple[bool, Refusal | None]:
     states = router
     for node in region.graph.nodes:
         name = name_of(node)
-        if node is region.root:
-            states = experts
         if name == "_set_grad_enabled":
             grad = bool(node.args[0])
         elif name == "_enter_autocast":
@@ -215,6 +238,10 @@ def _one_state(region: Region) -> tuple[bool, Refusal | None]:
             if depth[-1] if depth else autocast:
                 raise Refusal(Code.AUTOCAST, "", location(node))
             states.setdefault(grad, node)
+        if (
+            node is region.root
+        ):  # which belongs to the router: ids are often chosen without gradients
+            states = experts
     if len(experts) > 1:
         raise Refusal(Code.GRAD_STATE, "", location(experts[False]))
     mode = next(iter(experts), True)

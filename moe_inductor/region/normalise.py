@@ -381,19 +381,33 @@ def _nonzero(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     )
 
 
-@rule(aten.sum.dim_IntList)
-def _sum_of_counts(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-    """sum(permute(x, p), dims) = sum(x, p[dims]) for integers, where one dimension is left: their order is exact"""
-    base, dims, made = args[0], args[1] if len(args) > 1 else None, value(node)
-    if not is_integral(node) or not dims or made.dim() != 1 or len(args) > 2:
+@rule(aten.sum.dim_IntList, aten.sum.default, aten.any.default)
+def _count(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """sum(permute(x, p), dims) = sum(x, p[dims]) for integers, where at most one dimension is left
+    sum(x, every dimension) = sum(x);  sum(view(x)) = sum(x);  any(permute(x)) = any(view(x)) = any(x)
+    sum(cast(b, int64)) = sum(b);  any(cast(b)) = any(b) for a boolean b: integers add up in any order"""
+    made, base = value(node), args[0]
+    if node.target is not aten.any.default and not is_integral(node):
+        return None
+    if made.dim() > 1 or len(args) > 2:
         return None
     rank = value(base).dim()
-    dims = [d % rank for d in dims]
-    if base.target is aten.permute.default:
-        base, dims = base.args[0], [base.args[1][d] for d in dims]
-    return out.emit(
-        aten.sum.dim_IntList, (base, sorted(dims)), kwargs, made, node.meta.get("stack_trace")
-    )
+    dims = sorted(range(rank) if made.dim() == 0 else (d % rank for d in args[1]))
+    while True:
+        inner = base.args[0] if base.op == "call_function" and base.args else None
+        if base.target is aten._to_copy.default and value(inner).dtype == torch.bool:
+            base = inner
+        elif base.target is aten.permute.default:
+            base, dims = inner, sorted(base.args[1][d] for d in dims)
+        elif base.target is aten.view.default and made.dim() == 0:
+            base, dims = inner, list(range(value(inner).dim()))
+        else:
+            break
+    target = aten.any.default if node.target is aten.any.default else aten.sum.default
+    rest: tuple = ()
+    if made.dim() == 1:
+        target, rest = aten.sum.dim_IntList, (dims,)
+    return out.emit(target, (base, *rest), kwargs, made, node.meta.get("stack_trace"))
 
 
 @rule(aten.index.Tensor)

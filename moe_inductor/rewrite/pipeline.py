@@ -14,6 +14,7 @@ from torch import fx
 from moe_inductor.debug.report import BlockReport, CompileReport
 from moe_inductor.description import MoE, Router
 from moe_inductor.match.api import (
+    ChosenSpelling,
     ExpertsSpelling,
     HitListSpelling,
     RouterSpelling,
@@ -23,16 +24,12 @@ from moe_inductor.match.api import (
 from moe_inductor.match.bind import Bound
 from moe_inductor.match.experts import propose
 from moe_inductor.match.router import propose_routers
-from moe_inductor.prove.assumptions import (
-    concerning,
-    prove_assumptions,
-    survivors,
-    take_markers,
-)
+from moe_inductor.prove.assumptions import Assumed, prove_assumptions
 from moe_inductor.prove.prove import prove_experts, prove_router
 from moe_inductor.reasons import Code, Reason, Refusal
 from moe_inductor.region.canonical import Canonical, canonicalise
 from moe_inductor.region.find import Region, find_regions, looks_like_moe, router_only
+from moe_inductor.region.fold import fold
 from moe_inductor.region.nodes import location, value
 from moe_inductor.rewrite.replace import Rewriter
 from moe_inductor.rewrite.support import check_support
@@ -57,12 +54,12 @@ def fuse_moe_blocks(
     """Rewrite every provable MoE block of ``gm`` and of the bodies of its higher-order ops, in place.
 
     Appends one BlockReport per region to ``report``.  A region that is refused is left exactly as it was.  Returns
-    those of the ``assumptions`` that the rewritten graph still depends on: with any left it must not run.
+    those of the ``assumptions`` that the rewritten graph may still depend on: with any left it must not run.
 
     uncaptured: why an earlier capture of the same code, with more in the graph, was of no use.
     """
     modules = [m for m in gm.modules() if isinstance(m, fx.GraphModule)]
-    hit_lists = take_markers(assumptions)
+    assumed = Assumed(assumptions)
     for module in modules:
         if not looks_like_moe(module.graph):
             router = router_only(module.graph)
@@ -72,10 +69,10 @@ def fuse_moe_blocks(
         with _timed(report, "region"):
             regions = find_regions(module.graph)
         for region in regions:
-            _fuse_region(module, region, report, options, hit_lists, assumptions)
+            _fuse_region(module, region, report, options, assumed)
         if module is not gm:
             module.recompile()
-    return survivors([m.graph for m in modules], assumptions)
+    return assumed.unaccounted([m.graph for m in modules])
 
 
 def _fuse_region(
@@ -83,16 +80,14 @@ def _fuse_region(
     region: Region,
     report: CompileReport,
     options: Options,
-    hit_lists: dict[Assumption, fx.Node],
-    assumptions: Sequence[Assumption],
+    assumed: Assumed,
 ) -> None:
     region.refresh()
     before = len(region.nodes)
     try:
         with _timed(report, "canonical"):
-            canonical = canonicalise(gm, region)
-        assumed = concerning(canonical, assumptions)
-        blocks, refused = _prove_blocks(canonical, report, hit_lists, assumed)
+            canonical = canonicalise(gm, region, fold(region, assumed.guards(region)))
+        blocks, refused = _prove_blocks(canonical, report, assumed)
     except Refusal as refusal:
         report.blocks.append(_not_fused(region, [refusal]))
         return
@@ -126,10 +121,7 @@ def _fuse_region(
 
 
 def _prove_blocks(
-    canonical: Canonical,
-    report: CompileReport,
-    hit_lists: dict[Assumption, fx.Node],
-    assumptions: list[Assumption],
+    canonical: Canonical, report: CompileReport, assumed: Assumed
 ) -> tuple[list[Bound], list[Refusal]]:
     refused: list[Refusal] = []
     proposals = propose(canonical, spellings(ExpertsSpelling), refused)
@@ -143,9 +135,8 @@ def _prove_blocks(
             try:
                 with _timed(report, "prove"):
                     prove_experts(canonical, bound)
-                    prove_assumptions(
-                        canonical, bound, assumptions, hit_lists, spellings(HitListSpelling)
-                    )
+                    lists, tests = spellings(HitListSpelling), spellings(ChosenSpelling)
+                    prove_assumptions(canonical, bound, assumed, lists, tests)
             except Refusal as refusal:
                 refused.append(refusal)
             else:

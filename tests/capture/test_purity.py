@@ -15,6 +15,7 @@ import torch
 
 from moe_inductor.capture import scope
 from moe_inductor.capture.assumptions import NonEmpty, Visited
+from moe_inductor.capture.marker import take
 from tests.capture.fake_backend import FakeBackend, Recorder, installed
 from tests.capture.models import Block, E, H
 
@@ -25,9 +26,16 @@ class Believer(FakeBackend):
     def __init__(self) -> None:
         super().__init__()
         self.assumptions: list[Any] = []
+        self.about: dict[Any, torch.fx.Node] = {}  # what the marker of an assumption kept
 
     def __call__(self, gm: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> Any:
         self.assumptions += scope.assumptions()
+        for assumption in scope.assumptions():
+            marker = getattr(assumption, "marker", None)
+            if marker is not None:
+                assert marker in list(gm.graph.nodes)
+                self.about[assumption] = take(marker)
+        gm.recompile()
         return super().__call__(gm, inputs, **options)
 
 
@@ -541,7 +549,7 @@ def test_captured_whole(body: Body) -> None:
         E if any(n in body.__code__.co_names for n in ("numel", "shape", "len")) else 0
     )
     nodes = list(backend.graphs[0].graph.nodes)
-    assert all(a.rows in nodes for a in rows)
+    assert all(backend.about[a] in nodes for a in rows)
     assert all(a.location.startswith(__file__) for a in backend.assumptions)
 
 

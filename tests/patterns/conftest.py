@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from moe_inductor.capture import scope
 from moe_inductor.debug.report import BlockReport
 from tests.without_inductor import WithoutInductor
 
@@ -18,7 +17,7 @@ class Rewritten:
     def __init__(self, module: torch.nn.Module, **kwargs: Any) -> None:
         torch._dynamo.reset()
         self.backend = WithoutInductor()
-        scope.install(self.backend, speculate=True)
+        self.backend.install()
         self.run = torch.compile(module, backend=self.backend, **kwargs)
 
     def __call__(self, *args: Any) -> Any:

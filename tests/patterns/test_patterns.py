@@ -13,6 +13,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from moe_inductor.match.api import (
+    ChosenSpelling,
     ExpertsSpelling,
     HitListSpelling,
     RouterSpelling,
@@ -112,7 +113,9 @@ def test_near_miss_is_refused_with_its_reason(spelling, miss, rewritten):
     torch.manual_seed(zlib.crc32(miss.name.encode()))
     dtype = torch.bfloat16 if spelling.samples[0].dtypes == (torch.bfloat16,) else torch.float32
     module = miss.build().to(dtype)
-    x = torch.randn(FEW if isinstance(spelling, HitListSpelling) else T, 32, dtype=dtype)
+    x = torch.randn(
+        FEW if isinstance(spelling, (HitListSpelling, ChosenSpelling)) else T, 32, dtype=dtype
+    )
     compiled = rewritten(module)
     eager = _step(module, module, x)
     ours = _step(compiled, module, x)
@@ -147,6 +150,7 @@ def test_every_fact_value_is_proved_by_a_sample(spelling, rewritten, monkeypatch
         ExpertsSpelling: (pipeline, "prove_experts"),
         RouterSpelling: (pipeline, "prove_router"),
         HitListSpelling: (assumptions, "is_hit_list"),
+        ChosenSpelling: (assumptions, "is_chosen_test"),
     }[type(spelling)]
     prove = getattr(stage, name)
 
@@ -177,7 +181,7 @@ def _trace_of(spelling, facts: dict[str, object]) -> str:
         top_k=2,
     )
     items = tuple(sorted(facts.items()))
-    if isinstance(spelling, HitListSpelling):
+    if isinstance(spelling, (HitListSpelling, ChosenSpelling)):
         return repr(items)
     if isinstance(spelling, RouterSpelling):
         return repr(router_piece(spelling, items, shapes)[0])

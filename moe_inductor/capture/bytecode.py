@@ -1,0 +1,244 @@
+"""Control flow and data flow of one function's bytecode, as far as ``capture.purity`` asks for it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+_NO_FALL_THROUGH = {
+    "RETURN_VALUE",
+    "RETURN_CONST",
+    "RAISE_VARARGS",
+    "RERAISE",
+    "JUMP_FORWARD",
+    "JUMP_BACKWARD",
+    "JUMP_ABSOLUTE",
+    "JUMP_BACKWARD_NO_INTERRUPT",
+}
+_JUST_JUMPS = {
+    "JUMP_FORWARD",
+    "JUMP_BACKWARD",
+    "JUMP_ABSOLUTE",
+    "JUMP_BACKWARD_NO_INTERRUPT",
+    "NOP",
+}
+# The argument of BINARY_OP for + and +=.
+_ADDITIONS = (0, 13)
+_LOAD_ONE = {"LOAD_FAST", "LOAD_FAST_CHECK", "LOAD_FAST_BORROW"}
+
+
+class Bytecode:
+    """Control flow and liveness of one function."""
+
+    @staticmethod
+    def of(tx: Any) -> Bytecode:
+        """Of the frame that ``tx`` traces, analysed once."""
+        if not hasattr(tx, "_moe_inductor_bytecode"):
+            tx._moe_inductor_bytecode = Bytecode(tx.instructions)
+        return tx._moe_inductor_bytecode
+
+    def __init__(self, instructions: Sequence[Any]) -> None:
+        self.instructions = instructions
+        self.index = {id(inst): i for i, inst in enumerate(instructions)}
+        self.jumps = [self._jumps(i) for i in range(len(instructions))]
+        accesses = [locals_of(inst) for inst in instructions]
+        self.written = [written for _, written in accesses]
+        self._live = self._liveness([read for read, _ in accesses])
+
+    def ids(self, indices: Iterable[int]) -> frozenset[int]:
+        return frozenset(id(self.instructions[i]) for i in indices)
+
+    def reachable(self, start: int, stop: set[int]) -> set[int]:
+        seen: set[int] = set()
+        todo = [start]
+        while todo:
+            i = todo.pop()
+            if i not in seen and i not in stop:
+                seen.add(i)
+                todo += self.jumps[i]
+        return seen
+
+    def carried(self, body: set[int], joins: list[int]) -> frozenset[str]:
+        """Locals that the body writes and somebody reads after it, its next pass included."""
+        written = set().union(*(self.written[i] for i in body))
+        return frozenset(written & set().union(*(self._live[j] for j in joins)))
+
+    def after_jumps(self, i: int) -> int:
+        """Where control arrives that only jumps from ``i`` on."""
+        while self.instructions[i].opname in _JUST_JUMPS:
+            i = self.jumps[i][0]
+        return i
+
+    def same_returns(self, i: int) -> set[int]:
+        """``return x`` of a local or a constant starts at ``i``: everywhere it does.  Else ``i`` alone."""
+        returned = self._returned(i)
+        if returned is None:
+            return {i}
+        return {j for j in range(len(self.instructions)) if self._returned(j) == returned}
+
+    def only_numbers(self) -> frozenset[str]:
+        """Locals that are only ever added to and sliced with, and so is what is computed from them.
+
+        A number and an integer tensor of the same value cannot be told apart there.
+        """
+        names = {name for written in self.written for name in written}
+        while True:
+            wrong = {
+                name
+                for name in names
+                if not all(self._is_number_use(i, names) for i in self._loads(name))
+            }
+            if not wrong:
+                return frozenset(names)
+            names -= wrong
+
+    def only_concatenated(self, namespace: dict[str, Any]) -> frozenset[str]:
+        """Locals that start as ``[]`` and are then appended to, tested and given to ``torch.cat``."""
+        return frozenset(
+            name
+            for name in {name for written in self.written for name in written}
+            if all(self._is_empty_list(i) for i, w in enumerate(self.written) if name in w)
+            and all(self._is_list_use(i, namespace) for i in self._loads(name))
+        )
+
+    def _loads(self, name: str) -> Iterator[int]:
+        return (i for i, inst in enumerate(self.instructions) if name in locals_of(inst)[0])
+
+    def _is_empty_list(self, i: int) -> bool:
+        made = self.instructions[i - 1]
+        return (
+            self.instructions[i].opname == "STORE_FAST"
+            and made.opname == "BUILD_LIST"
+            and made.arg == 0
+        )
+
+    def _is_list_use(self, i: int, namespace: dict[str, Any]) -> bool:
+        if self.instructions[i].opname not in _LOAD_ONE:
+            return False
+        coming = self._following(i)
+        following = next(coming)
+        if following.opname == "LOAD_METHOD" or (
+            following.opname == "LOAD_ATTR" and following.arg & 1
+        ):
+            return following.argval == "append"
+        before = [
+            inst for inst in self.instructions[max(i - 3, 0) : i] if inst.opname != "PUSH_NULL"
+        ]
+        function, module = before[-1], before[-2]
+        if function.opname == "LOAD_GLOBAL" and function.argval == "len" and "len" not in namespace:
+            while following.opname in ("PRECALL", "CALL"):
+                following = next(coming)
+        if following.opname == "TO_BOOL":
+            following = next(coming)
+        if following.opname.startswith("POP_JUMP"):
+            return following.opname.endswith(("IF_TRUE", "IF_FALSE"))
+        # torch.cat(pieces), torch.cat(pieces, 0), torch.cat(pieces, dim=0)
+        if (
+            function.opname not in ("LOAD_METHOD", "LOAD_ATTR")
+            or function.argval not in ("cat", "concat", "concatenate")
+            or module.opname != "LOAD_GLOBAL"
+            or namespace.get(module.argval) is not torch
+        ):
+            return False
+        if following.opname in ("LOAD_CONST", "LOAD_SMALL_INT"):
+            if following.argval != 0:
+                return False
+            following = next(coming)
+            if following.opname == "KW_NAMES" or (
+                following.opname == "LOAD_CONST" and following.argval == ("dim",)
+            ):
+                following = next(coming)
+        if following.opname == "PRECALL":
+            following = next(coming)
+        return following.opname in ("CALL", "CALL_KW") and following.arg in (1, 2)
+
+    def _is_number_use(self, i: int, names: set[str]) -> bool:
+        """Is the local that is loaded at ``i`` used up as a number, in straight code?"""
+        if self.instructions[i].opname not in _LOAD_ONE:
+            return False
+        above = 0  # how many values lie on top of ours
+        for inst in self._following(i):
+            if inst.opname in _LOAD_ONE or inst.opname in ("LOAD_CONST", "LOAD_SMALL_INT"):
+                above += 1
+            elif inst.opname == "BINARY_OP" and inst.arg in _ADDITIONS:
+                if above <= 1:
+                    above = 0  # the sum takes our place
+                else:
+                    above -= 1
+            elif inst.opname in ("BINARY_SLICE", "STORE_SLICE"):
+                return above <= 1
+            elif inst.opname == "BUILD_SLICE":
+                return above < inst.arg
+            elif inst.opname == "STORE_FAST":
+                if above == 0:
+                    return inst.argval in names
+                above -= 1
+            else:
+                return False
+        return False
+
+    def _following(self, i: int) -> Iterator[Any]:
+        """What is executed after ``i``, with nothing left out but what does nothing."""
+        return (
+            inst
+            for inst in itertools.islice(self.instructions, i + 1, None)
+            if inst.opname not in ("NOP", "CACHE", "EXTENDED_ARG")
+        )
+
+    def _returned(self, i: int) -> tuple[str, Any] | None:
+        inst = self.instructions[i]
+        if inst.opname == "RETURN_CONST":
+            return "LOAD_CONST", inst.argval
+        if inst.opname in (*_LOAD_ONE, "LOAD_CONST", "LOAD_SMALL_INT") and i + 1 < len(
+            self.instructions
+        ):
+            kind = "LOAD_FAST" if inst.opname in _LOAD_ONE else "LOAD_CONST"
+            return (
+                (kind, inst.argval) if self.instructions[i + 1].opname == "RETURN_VALUE" else None
+            )
+        return None
+
+    def _jumps(self, i: int) -> list[int]:
+        inst = self.instructions[i]
+        targets = [self.index[id(inst.target)]] if inst.target is not None else []
+        if inst.opname not in _NO_FALL_THROUGH and i + 1 < len(self.instructions):
+            targets.append(i + 1)
+        return targets
+
+    def _liveness(self, read: list[set[str]]) -> list[set[str]]:
+        """The locals that may still be read, before each instruction."""
+        # Any instruction of a try may also continue in its handler.
+        successors = [
+            jumps + ([self.index[id(inst.exn_tab_entry.target)]] if inst.exn_tab_entry else [])
+            for jumps, inst in zip(self.jumps, self.instructions, strict=True)
+        ]
+        live: list[set[str]] = [set() for _ in self.instructions]
+        changed = True
+        while changed:
+            changed = False
+            for i in range(len(live) - 1, -1, -1):
+                after = set().union(*(live[s] for s in successors[i]))
+                # A write does not end liveness on the way into a handler; keeping it is the safe side.
+                if not self.instructions[i].exn_tab_entry:
+                    after -= self.written[i]
+                before = read[i] | after
+                if before != live[i]:
+                    live[i], changed = before, True
+        return live
+
+
+def locals_of(inst: Any) -> tuple[set[str], set[str]]:
+    """The locals that an instruction reads and writes.  One instruction may name two."""
+    names = inst.argval if isinstance(inst.argval, tuple) else (inst.argval,)
+    opname = inst.opname
+    if opname.startswith(("LOAD_FAST", "LOAD_DEREF", "LOAD_CLOSURE", "LOAD_CLASSDEREF")):
+        return set(names), (set(names) if opname == "LOAD_FAST_AND_CLEAR" else set())
+    if opname == "STORE_FAST_LOAD_FAST":
+        stored, loaded = names[0], names[-1]
+        return {loaded} - {stored}, {stored}
+    if opname.startswith(("STORE_FAST", "STORE_DEREF", "DELETE_FAST", "DELETE_DEREF")):
+        return set(), set(names)
+    return set(), set()

@@ -1,0 +1,134 @@
+"""What a test or a length that depends on the data is, going by how the tensor was computed.
+
+Is this the test of an emptiness, and how does it come out for something that is not empty?
+
+``t.numel() > 0``, ``len(t) == 0``, ``if count:`` on a size or number that depends on the data;
+``mask.any()``, ``(ids == e).sum() == 0``, ``if count:`` on a tensor without dimensions.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from moe_inductor import _compat
+
+_COMPARE: dict[Any, Callable[[Any, Any], Any]] = {
+    **{
+        getattr(operator, name): getattr(operator, name)
+        for name in ("eq", "ne", "gt", "ge", "lt", "le")
+    },
+    **{name: getattr(operator, name) for name in ("eq", "ne", "gt", "ge", "lt", "le")},
+    **{f"__{name}__": getattr(operator, name) for name in ("eq", "ne", "gt", "ge", "lt", "le")},
+    **{
+        getattr(torch, name): getattr(operator, name)
+        for name in ("eq", "ne", "gt", "ge", "lt", "le")
+    },
+}
+_NOT = {operator.invert, operator.not_, torch.logical_not, "logical_not"}
+_SOME = {torch.any, "any"}
+# The result holds the values of the first argument.
+_SAME_VALUES = {
+    *("flatten", "view", "reshape", "squeeze", "contiguous", "cpu", "cuda", "to", "long", "int"),
+    *("detach", "clone", "numpy"),
+    *(torch.flatten, torch.reshape, torch.squeeze, torch.clone, torch.detach),
+}
+_CHOOSES = {torch.topk, "topk", torch.argmax, "argmax"}
+
+
+def of_number(condition: Any) -> tuple[Any, bool] | None:
+    """The symbol that ``condition`` tests, and the answer for all its values from 1 on."""
+    if isinstance(condition, torch.SymInt):
+        condition = condition != 0
+    if not isinstance(condition, torch.SymBool):
+        return None
+    expression, env = condition.node.expr, condition.node.shape_env
+    symbols = _compat.free_unbacked_symbols(condition)
+    if len(symbols) != 1 or expression.free_symbols != symbols or not expression.is_Relational:
+        return None
+    (size,) = symbols
+    other = [side for side in expression.args if side != size]
+    if len(other) != 1 or other[0] not in (0, 1):
+        return None
+    # Between a number and 0 or 1, a relation that agrees on 1, 2 and 3 agrees from there on.
+    largest = env.var_to_range[size].upper
+    answers = {bool(expression.subs(size, n)) for n in (1, 2, 3) if n <= largest}
+    if len(answers) != 1 or bool(expression.subs(size, 0)) in answers:
+        return None
+    return size, answers.pop()
+
+
+def of_tensor(node: torch.fx.Node) -> bool | None:
+    """What ``bool()`` of the 0-d tensor ``node`` is wherever there is something; None if it is no such test."""
+    value = _zero_dimensional(node)
+    if value is None:
+        return None
+    target = node.target
+    if isinstance(target, _compat.numpy_operator_wrapper):
+        target = target.op
+    if target in _SOME:
+        return True
+    if target in _NOT and value.dtype == torch.bool:
+        inner = of_tensor(node.args[0]) if isinstance(node.args[0], torch.fx.Node) else None
+        return None if inner is None else not inner
+    compare = _COMPARE.get(target)
+    if compare is not None:
+        return _of_comparison(compare, *node.args) if len(node.args) == 2 else None
+    return True if value.dtype != torch.bool else None
+
+
+def minimal_length(rows: torch.fx.Node) -> int | None:
+    """The ``minlength`` of the call of bincount that ``rows`` is the result of."""
+    made = _through(rows, _SAME_VALUES)
+    if made.target not in (torch.bincount, "bincount"):
+        return None
+    length = made.kwargs.get("minlength", made.args[2] if len(made.args) > 2 else None)
+    return length if isinstance(length, int) and length > 0 else None
+
+
+def distinct_values(rows: torch.fx.Node) -> int | None:
+    """How many values there are that ``rows``, the result of unique, can hold."""
+    made = _through(rows, _SAME_VALUES)
+    if made.target not in (torch.unique, torch.Tensor.unique, "unique"):
+        return None
+    (chosen, *_) = made.all_input_nodes
+    chosen = _through(chosen, _SAME_VALUES | {operator.getitem})
+    if chosen.target not in _CHOOSES:
+        return None
+    scores = chosen.all_input_nodes[0].meta.get("example_value")
+    dim = chosen.kwargs.get("dim", -1)
+    if not isinstance(scores, torch.Tensor) or not scores.dim() or not isinstance(dim, int):
+        return None
+    return size if isinstance(size := scores.shape[dim], int) else None
+
+
+def _through(node: torch.fx.Node, targets: set[Any]) -> torch.fx.Node:
+    while node.target in targets and node.args and isinstance(node.args[0], torch.fx.Node):
+        node = node.args[0]
+    return node
+
+
+def _of_comparison(compare: Callable[[Any, Any], Any], left: Any, right: Any) -> bool | None:
+    count, bound = (left, right) if isinstance(left, torch.fx.Node) else (right, left)
+    if not isinstance(count, torch.fx.Node) or bound not in (0, 1) or isinstance(bound, bool):
+        return None
+    value = _zero_dimensional(count)
+    if value is None or value.dtype == torch.bool:
+        return None
+
+    def answer(n: int) -> bool:
+        return bool(compare(n, bound) if count is left else compare(bound, n))
+
+    answers = {answer(n) for n in (1, 2, 3)}
+    return answers.pop() if len(answers) == 1 and answer(0) not in answers else None
+
+
+def _zero_dimensional(node: torch.fx.Node) -> torch.Tensor | None:
+    value = node.meta.get("example_value")
+    if not isinstance(value, torch.Tensor) or value.dim() != 0:
+        return None
+    integral = not value.dtype.is_floating_point and not value.dtype.is_complex
+    return value if integral else None

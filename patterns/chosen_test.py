@@ -1,0 +1,167 @@
+"""The question whether an expert got any token, asked of a tensor before the expert is run.
+
+for e in range(num_experts):
+    if not expert_mask[e].any():        # or: if expert_mask[e].sum() == 0, if (topk_ids == e).sum() > 0, ...
+        continue
+    ...
+"""
+
+import torch
+from moe_inductor.patterns._blocks import NUM_EXPERTS
+from moe_inductor.patterns.expert_loop import Loop
+
+from moe_inductor.match.api import ChosenSpelling, NearMiss, Sample
+
+
+def reference(topk_ids, e, *, asks):
+    hit = topk_ids == e
+    if asks == "any":
+        return hit.any()
+    if asks == "not any":
+        return torch.logical_not(hit.any())
+    count = hit.sum()
+    return {"count": count, "> 0": count > 0, "!= 0": count != 0, "== 0": count == 0}[asks]
+
+
+class AnyLoop(Loop):
+    """A test of the expert's part of the mask."""
+
+    def has_tokens(self, mask, e):
+        return mask[e].any()
+
+    def experts(self, x, topk_ids, topk_weights):
+        out, mask = self.start(x), self.mask(topk_ids)
+        for e in range(NUM_EXPERTS):
+            if self.has_tokens(mask, e):
+                slot, token = self.where(mask, e)
+                self.add(out, token, self.expert(e, x[token]) * topk_weights[token, slot, None])
+        return out
+
+
+class Continue(AnyLoop):
+    def experts(self, x, topk_ids, topk_weights):
+        out, mask = self.start(x), self.mask(topk_ids)
+        for e in range(NUM_EXPERTS):
+            if not mask[e].any():
+                continue
+            slot, token = self.where(mask, e)
+            self.add(out, token, self.expert(e, x[token]) * topk_weights[token, slot, None])
+        return out
+
+
+class InvertedAny(AnyLoop):
+    def experts(self, x, topk_ids, topk_weights):
+        out, mask = self.start(x), self.mask(topk_ids)
+        for e in range(NUM_EXPERTS):
+            if torch.logical_not(torch.any(mask[e])):
+                continue
+            slot, token = self.where(mask, e)
+            self.add(out, token, self.expert(e, x[token]) * topk_weights[token, slot, None])
+        return out
+
+
+class CountIsZero(AnyLoop):
+    def experts(self, x, topk_ids, topk_weights):
+        out = self.start(x)
+        for e in range(NUM_EXPERTS):
+            if (topk_ids == e).sum() == 0:
+                continue
+            token, slot = torch.where(topk_ids == e)
+            out = out.index_add(
+                0, token, self.expert(e, x[token]) * topk_weights[token, slot, None]
+            )
+        return out
+
+
+class Count(AnyLoop):
+    def has_tokens(self, mask, e):
+        return mask[e].sum()
+
+
+class Positive(AnyLoop):
+    def has_tokens(self, mask, e):
+        return mask[e].sum() > 0
+
+
+class Unequal(AnyLoop):
+    def has_tokens(self, mask, e):
+        return mask[e].sum() != 0
+
+
+class NextExpert(AnyLoop):
+    def has_tokens(self, mask, e):
+        return mask[(e + 1) % NUM_EXPERTS].any()
+
+
+class FirstTokens(AnyLoop):
+    def has_tokens(self, mask, e):
+        return mask[e][:, :1].any()
+
+
+class FirstSlot(AnyLoop):
+    def has_tokens(self, mask, e):
+        return mask[e][0].any()
+
+
+class AlwaysFirst(AnyLoop):
+    def has_tokens(self, mask, e):
+        return mask[0].any()
+
+
+class LastOther(AnyLoop):
+    """All passes ask about themselves but the last, which is compared with the first ones and not traced."""
+
+    def has_tokens(self, mask, e):
+        return mask[0 if e == 3 else e].any()
+
+
+class AllExperts(AnyLoop):
+    def has_tokens(self, mask, e):
+        return mask.any()
+
+
+class AnythingHere(AnyLoop):
+    def has_tokens(self, mask, e):
+        return self.gate.weight.argmax() > 0
+
+
+class Two(AnyLoop):
+    """Both additions depend on the first expert's test."""
+
+    def experts(self, x, topk_ids, topk_weights):
+        out, mask = self.start(x), self.mask(topk_ids)
+        for e in range(0, NUM_EXPERTS, 2):
+            if mask[e].any():
+                slot, token = self.where(mask, e)
+                self.add(out, token, self.expert(e, x[token]) * topk_weights[token, slot, None])
+                slot, token = self.where(mask, e + 1)
+                self.add(out, token, self.expert(e + 1, x[token]) * topk_weights[token, slot, None])
+        return out
+
+
+CHOSEN_TEST = ChosenSpelling(
+    name="chosen_test",
+    source="transformers 4.57 nllb_moe, switch_transformers; nanoMoE and many re-implementations",
+    reference=reference,
+    truth=lambda facts: facts["asks"] not in ("not any", "== 0"),
+    facts={"asks": ("any", "not any", "count", "> 0", "!= 0", "== 0")},
+    samples=(
+        Sample(name="any", build=AnyLoop),
+        Sample(name="continue", build=Continue),
+        Sample(name="inverted_any", build=InvertedAny),
+        Sample(name="count_is_zero", build=CountIsZero),
+        Sample(name="count", build=Count),
+        Sample(name="positive", build=Positive),
+        Sample(name="unequal", build=Unequal),
+    ),
+    near_misses=(
+        NearMiss(name="next_expert", build=NextExpert, code="ASSUMPTION"),
+        NearMiss(name="first_tokens", build=FirstTokens, code="ASSUMPTION"),
+        NearMiss(name="first_slot", build=FirstSlot, code="ASSUMPTION"),
+        NearMiss(name="always_first", build=AlwaysFirst, code="ASSUMPTION"),
+        NearMiss(name="last_other", build=LastOther, code="ASSUMPTION"),
+        NearMiss(name="all_experts", build=AllExperts, code="ASSUMPTION"),
+        NearMiss(name="anything", build=AnythingHere, code="ASSUMPTION"),
+        NearMiss(name="two", build=Two, code="ASSUMPTION"),
+    ),
+)
