@@ -73,7 +73,7 @@ def _by_dtype(rows: list[Row], of: Callable[[Row], str]) -> str:
 
 
 def names(rows: Iterable[Row]) -> str:
-    return ", ".join(sorted({f"{row['case']}" for row in rows}))
+    return ", ".join(sorted({row["case"] for row in rows}))
 
 
 # --- docs/coverage.md ---------------------------------------------------------------------------------------------
@@ -156,12 +156,13 @@ def reasons(run: dict[str, Any]) -> list[str]:
         if row["status"] in ("refused", "partly fused") and "code" in row:
             found.setdefault((row["code"], row["message"]), []).append(row)
     return table(
-        ["reason", "what we say", "where", "experts"],
+        ["reason", "what we say", "where", "blocks", "experts"],
         [
             [
                 f"{code}: {Code[code].value}",
                 message,
                 ", ".join(sorted({r["location"] for r in rows})),
+                names(rows),
                 ", ".join(sorted({r["implementation"] for r in rows})),
             ]
             for (code, message), rows in sorted(found.items())
@@ -309,9 +310,11 @@ def _blocks(run: dict[str, Any]) -> list[Row]:
 def _provenance(run: dict[str, Any]) -> str:
     counted = Counter(row["status"] for row in run["rows"])
     told = ", ".join(f"{count} {status}" for status, count in counted.most_common())
+    versions = len({row.get("sources") for row in run["rows"]})
+    mixed = f" They come from {versions} states of our sources." if versions > 1 else ""
     return (
-        f"torch {run['torch']}, Python {run['python']}, {run['machine']}, {run['date']}."
-        f" `{run['command']}`. Rows: {told}."
+        f"`python -m census.run`, last on {run['date']}: torch {run['torch']}, Python {run['python']},"
+        f" {run['machine']}. Rows: {told}.{mixed}"
     )
 
 
