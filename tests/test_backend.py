@@ -71,7 +71,7 @@ def stages(monkeypatch):
 
 
 def blocks(*fused: bool, reason: Reason = REASON):
-    def stage(gm, report, options):
+    def stage(gm, report, options, *capture):
         for each in fused:
             report.blocks.append(
                 BlockReport(spelling="x_loop", fused=each, reason=None if each else reason)
@@ -125,7 +125,7 @@ def test_inductor_is_called_as_torch_compile_calls_it(handed, stages, kwargs):
 
 def test_own_options_are_taken_and_not_handed_on(handed, stages):
     got = []
-    stages(lambda gm, report, options: got.append(options))
+    stages(lambda gm, report, options, *capture: got.append(options))
     options = {
         "moe_inductor.fuse_router": False,
         "moe-inductor.summary": False,
@@ -199,7 +199,7 @@ def test_graph_without_telltales_does_not_reach_the_stages(handed, stages):
     assert len(handed.code) == 1
 
 
-def spoil(gm, report, options):
+def spoil(gm, report, options, *capture):
     """Get half-way through a rewrite, then fail."""
     blocks(True)(gm, report, options)
     for module in gm.modules():
@@ -297,7 +297,7 @@ def test_capture_that_led_to_nothing_is_undone_and_its_reason_told(handed, stage
         rows = torch.where(torch.topk(x, 2)[1] > 3)[0]
         return x.new_zeros(x.shape).index_add_(0, rows, x[rows])
 
-    def refuse_if_captured_whole(gm, report, options):
+    def refuse_if_captured_whole(gm, report, options, *capture):
         if "index_add_" in gm.code and "topk" in gm.code:
             blocks(False)(gm, report, options)
 

@@ -33,9 +33,10 @@ MIXTRAL = MoE(
         hidden_size=16,
         intermediate_size=32,
         activation="silu",
-        is_concatenated=True,
+        layout="concatenated",
         storage="stacked",
         weight_dtype=torch.bfloat16,
+        compute_dtype=torch.bfloat16,
     ),
     combine=Combine(out_dtype=torch.bfloat16),
     router=Router(score="softmax", k=2, renormalise=True, weights_dtype=torch.float32),
@@ -191,7 +192,7 @@ X = torch.arange(24.0).reshape(4, 6)
 
 @pytest.fixture
 def one_block(monkeypatch):
-    def stage(gm, report, options):
+    def stage(gm, report, options, *capture):
         report.blocks.append(refused())
         report.artifacts["canonical_0"] = "a graph"
 
@@ -272,7 +273,7 @@ SCRIPT = textwrap.dedent("""
     import moe_inductor.rewrite.pipeline as pipeline
     from moe_inductor.debug.report import BlockReport
 
-    def stage(gm, report, options):
+    def stage(gm, report, options, *capture):
         report.blocks.append(BlockReport(spelling="x_loop", fused=True))
 
     pipeline.fuse_moe_blocks = stage

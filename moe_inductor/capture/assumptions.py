@@ -46,6 +46,33 @@ class Visited:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Rolled:
+    """``for e in rows`` was traced once, for an ``e`` that stands for each of ``0 .. count - 1``.
+
+    index: the node ``expert_index(rows, count)`` whose value is ``e``.  The op raises if it is run.
+    passes: the one pass for ``e``, and, if ``last``, a second one that was traced for the number
+    ``count``: the row after the experts that some models have, for tokens of other devices.
+
+    What is already known: Python would have done the same for every ``e`` (it only ever knew the
+    range), no local outlives a pass, nothing is appended to a list, and no object is changed.  So the
+    pass is what eager executes for each row, if one puts the row's value for ``index``, and passes can
+    only meet in tensors that are older than the loop.
+
+    Right only if ``rows`` holds distinct values out of those (and ``count``, if ``last``), in ascending
+    order; a pass whose value is not in ``rows`` changes nothing; and the only thing that a pass does to
+    older tensors is to add to them (``index_add_`` or the like), with addends that do not read what a
+    pass has written.  Then the loop is the sum of these additions over ``e``.  Other writes (a mask
+    that is altered, a sum that is scaled) would make the second pass another function than the first.
+    """
+
+    index: torch.fx.Node
+    count: int
+    last: bool
+    location: str
+    passes: list[Pass] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class NonEmpty:
     """A test of the data-dependent number ``symbol`` was answered as for a number of at least 1.
 
@@ -105,4 +132,4 @@ class Length:
         return [Pass(nodes=[self.marker])]
 
 
-Assumption = Visited | NonEmpty | Tested | Kept | Length
+Assumption = Visited | Rolled | NonEmpty | Tested | Kept | Length

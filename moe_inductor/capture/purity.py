@@ -63,6 +63,7 @@ class Region:
     carried: frozenset[str]  # locals that outlive one pass through the body
     inside: bool
     code: Bytecode
+    rolled: bool = False  # one pass stands for all
     size: Any = None  # the sympy.Symbol that is 0 where the body is skipped, if that is how it is
     older: dict[int, Any] = dataclasses.field(default_factory=dict)
     closed: bool = False
@@ -113,6 +114,8 @@ class Region:
             else:
                 self.passes[-1].before.pop(name, None)
         for pieces, length in zip(self._pieces, self._lengths, strict=True):
+            if self.rolled and len(pieces.items) > length:
+                raise Impure("a list gets a piece in every pass")
             for piece in pieces.items[length:]:
                 value = _node_of(piece)
                 if not isinstance(value, torch.fx.Node) or not value.meta["example_value"].dim():

@@ -31,7 +31,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 
 from moe_inductor import _compat
-from moe_inductor.capture.assumptions import Assumption
+from moe_inductor.capture.assumptions import Assumption, Rolled
 from moe_inductor.reasons import Code, NotFused, Reason
 
 log = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ class _Settings:
 
     backend: object
     speculate: bool
+    roll: bool
     on_lost_frame: Callable[[], None]
 
 
@@ -79,6 +80,7 @@ class Level(enum.IntEnum):
     STOCK = 0
     FLAGS = 1
     SPECULATE = 2
+    ROLLED = 3  # and a loop over experts is traced once where that is possible
 
 
 @dataclasses.dataclass
@@ -92,6 +94,10 @@ class _Frame:
     distrusted: set[str] = dataclasses.field(
         default_factory=set
     )  # where nothing is assumed any more
+    unrolled: set[str] = dataclasses.field(
+        default_factory=set
+    )  # loops that need each expert's number
+    sentinels: set[str] = dataclasses.field(default_factory=set)  # loops whose last row is none
     given_up: Reason | None = None  # why the level went down, the first time
 
 
@@ -104,8 +110,12 @@ class Attempt:
     flags_needed: bool
     level: Level  # STOCK also where our settings would not differ from the user's
     outer_flags: dict[str, bool]  # what the flags were before we touched them
+    restarted: bool = False  # a restart was raised; somebody may have caught it
     read_a_number: bool = False  # Tensor.item() was traced, which need not leave a node behind
     assumptions: list[Assumption] = dataclasses.field(default_factory=list)
+    rolled: dict[Any, Rolled] = dataclasses.field(
+        default_factory=dict
+    )  # by the symbol of the index
     regions: list[Any] = dataclasses.field(default_factory=list)  # purity.Region
 
 
@@ -126,6 +136,7 @@ def install(
     backend: object,
     *,
     speculate: bool = False,
+    roll: bool = False,
     on_lost_frame: Callable[[], None] = lambda: None,
 ) -> bool:
     """Turn scoped capture on for ``backend``, recognised by identity.  Idempotent.
@@ -137,6 +148,8 @@ def install(
     (``capture.speculate``).  Only for a backend that proves or declines every one of
     ``scope.assumptions()``.
 
+    roll: also trace a loop over experts only once, on assumptions of the kind ``Rolled``.
+
     on_lost_frame: called when a frame that was given up ends without another compile call: Dynamo
     skips a frame, for instance, whose graph it would have to break inside of a loop.
     """
@@ -145,7 +158,7 @@ def install(
             return False
         if speculate:
             importlib.import_module("moe_inductor.capture.speculate").hook()
-        _installed[id(backend)] = _Settings(backend, speculate, on_lost_frame)
+        _installed[id(backend)] = _Settings(backend, speculate, speculate and roll, on_lost_frame)
     return True
 
 
@@ -239,7 +252,7 @@ def current() -> Attempt | None:
 def speculating() -> Attempt | None:
     """The attempt of this thread if it may make assumptions.  For the hooks of this package."""
     attempt = _state.attempt
-    return attempt if attempt is not None and attempt.level is Level.SPECULATE else None
+    return attempt if attempt is not None and attempt.level >= Level.SPECULATE else None
 
 
 def distrust(reason: Reason, locations: Collection[str]) -> NoReturn:
@@ -250,6 +263,22 @@ def distrust(reason: Reason, locations: Collection[str]) -> NoReturn:
     new = set(locations) - attempt.frame.distrusted
     attempt.frame.distrusted |= new
     raise _restart(attempt, next_level=attempt.level if new else Level.FLAGS)
+
+
+def unroll(location: str) -> NoReturn:
+    """The loop at ``location`` needs to know the experts' numbers: trace this frame again, and it one by one."""
+    attempt = _state.attempt
+    assert attempt is not None
+    attempt.frame.unrolled.add(location)
+    raise _restart(attempt, next_level=attempt.level)
+
+
+def split_last(location: str) -> NoReturn:
+    """The last row of the loop at ``location`` is treated differently: trace this frame again, and it by itself."""
+    attempt = _state.attempt
+    assert attempt is not None
+    attempt.frame.sentinels.add(location)
+    raise _restart(attempt, next_level=attempt.level)
 
 
 def stop_capturing(reason: Reason) -> NoReturn:
@@ -330,7 +359,7 @@ def _wrapper(original: Callable[..., Any]) -> Callable[..., Any]:
                     raise
                 _note(_reason_of(error), frame)
                 raise _restart(attempt) from error
-            if frame.level < attempt.level:  # somebody inside Dynamo caught our restart
+            if attempt.restarted:  # somebody inside Dynamo caught our restart
                 raise _restart(attempt, next_level=frame.level)
             return result
 
@@ -375,6 +404,7 @@ def _frame(speculation_log: Any, settings: _Settings, code: types.CodeType) -> _
         where = f"{code.co_filename}:{code.co_firstlineno}"
         specialised = frozenset(_compat.TensorifyState.force_specializations)
         level = Level.SPECULATE if settings.speculate else Level.FLAGS
+        level = Level.ROLLED if settings.roll else level
         frame = _Frame(settings, where, specialised, level)
         setattr(speculation_log, _ATTRIBUTE, frame)
     return frame
@@ -435,10 +465,14 @@ def _flags(wanted: dict[str, bool]) -> Iterator[None]:
 def _restart(attempt: Attempt, next_level: Level | None = None) -> _Restart:
     """Lower the level of the frame's next attempt.  Returns what the caller has to raise.
 
-    Without a level given: to the flags alone if speculation did something, else all the way.
+    Without a level given: to unrolled loops if one was rolled, to the flags alone if speculation did
+    something, else all the way.
     """
-    if next_level is None:
+    if next_level is None and attempt.rolled:
+        next_level = Level.SPECULATE
+    elif next_level is None:
         next_level = Level.FLAGS if attempt.assumptions and attempt.flags_needed else Level.STOCK
+    attempt.restarted = True
     attempt.frame.level = min(attempt.frame.level, next_level)
     # The next attempt takes another path on purpose; Dynamo compares it with this log otherwise.
     attempt.speculation_log.clear()

@@ -22,13 +22,18 @@ from typing import Any, NoReturn
 import torch
 
 from moe_inductor import _compat
-from moe_inductor.capture import emptiness, purity, scope
-from moe_inductor.capture.assumptions import Kept, Length, NonEmpty, Tested, Visited
+from moe_inductor.capture import emptiness, purity, rolled, scope
+from moe_inductor.capture.assumptions import Kept, Length, NonEmpty, Rolled, Tested, Visited
 from moe_inductor.capture.marker import keep
 from moe_inductor.reasons import Code, Reason
 
 # A loop over more rows than this is hardly one over experts, and unrolling it takes minutes.
 MAX_EXPERTS = 1024
+
+_NUMBER_OF = (builtins.int, operator.index)
+
+# The argument of BINARY_OP for x[i], from Python 3.14 on.
+_SUBSCRIPT = 26
 
 
 class ExpertIndex(_compat.ConstantVariable):
@@ -118,6 +123,7 @@ def hook() -> None:
     """Put the hooks in place; once, and before anything is speculated."""
     _hook(_compat.TensorVariable, "unpack_var_sequence", _unpack)
     _hook(_compat.TensorVariable, "call_method", _call_method)
+    _hook(_compat.SymNodeVariable, "evaluate_expr", _evaluate)
     _hook(_compat.SideEffects, "check_allowed_side_effect", _check_mutation)
     _hook(_compat.InstructionTranslatorBase, "step", _step, scope.current)
 
@@ -143,20 +149,17 @@ def _hook(
 class Hits(_compat.ListVariable):
     """``hits.tolist()``: one may loop over it, and not ask it anything."""
 
-    def __init__(self, rows: Any, bound: int, dims: int) -> None:
+    def __init__(self, rows: Any, bound: int, dims: int, location: str) -> None:
         super().__init__([], mutation_type=_compat.ValueMutationNew())
-        self.rows, self.bound, self.dims = rows, bound, dims
+        self.rows, self.bound, self.dims, self.location = rows, bound, dims, location
 
     @property
     def items(self) -> NoReturn:
-        give_up("the list of hit experts is used other than in a for statement")
+        give_up("the list of hit experts is used other than in a for statement", self.location)
 
     @items.setter
     def items(self, items: list[Any]) -> None:
         """Set by the base class; there is nothing in it."""
-
-    def numbers(self) -> list[Any]:
-        return [_listed(number, self.dims) for number in range(self.bound)]
 
 
 def _listed(number: int, dims: int) -> Any:
@@ -168,7 +171,10 @@ def _step(original: Any, attempt: scope.Attempt, tx: Any) -> Any:
     pointer = tx.instruction_pointer
     if pointer is not None and tx.stack:
         coming = tx.instructions[pointer]
-        if _looks_for_a_number(tx.stack, coming):
+        wrong = _looks_for_a_number(tx.stack, coming)
+        if wrong:
+            for number in wrong:
+                _unroll_if_rolled(attempt, number.sym_num)
             why = "a number that depends on the data is looked for in a list"
             scope.stop_capturing(Reason(Code.CONTROL_FLOW, why, _short(_location(tx, coming))))
         if scope.speculating() is not None:
@@ -176,19 +182,19 @@ def _step(original: Any, attempt: scope.Attempt, tx: Any) -> Any:
     return original(tx)
 
 
-def _looks_for_a_number(stack: list[Any], coming: Any) -> bool:
+def _looks_for_a_number(stack: list[Any], coming: Any) -> list[Any]:
     """``e in counts.tolist()``: there Dynamo (up to 2.13) takes a number that it does not know to differ from every
     constant, and ``is`` does so everywhere.  That is a wrong graph, not a break.
     """
     if coming.opname not in ("CONTAINS_OP", "IS_OP"):
-        return False
+        return []
     operands = stack[-2:]
     if coming.opname == "CONTAINS_OP":
         held = operands[-1]
         if type(held) is Hits or not isinstance(held, _compat.BaseListVariable):
-            return False
+            return []
         operands = [operands[0], *held.items]
-    return any(isinstance(value, _compat.SymNodeVariable) for value in operands)
+    return [value for value in operands if isinstance(value, _compat.SymNodeVariable)]
 
 
 def _before(attempt: scope.Attempt, tx: Any, coming: Any) -> None:
@@ -196,8 +202,39 @@ def _before(attempt: scope.Attempt, tx: Any, coming: Any) -> None:
         _answer_test(attempt, tx, coming)
     elif coming.opname == "GET_ITER" and type(tx.stack[-1]) is Hits:
         _iterate(attempt, tx, coming)
-    elif coming.opname == "CALL" and any(_function_of(f) is len for f in tx.stack[-3:-1]):
+    elif coming.opname in ("BINARY_SUBSCR", "BINARY_OP", "COMPARE_OP", "CALL"):
+        _use_of_rolled(tx, coming)
+    if coming.opname == "CALL" and any(_function_of(f) is len for f in tx.stack[-3:-1]):
         _note_length_of_pieces(attempt, tx.stack[-1], _location(tx, coming))
+
+
+def _use_of_rolled(tx: Any, coming: Any) -> None:
+    """Where the model may use a row of the hit list, give Dynamo what it knows to handle there."""
+    stack, right = tx.stack, tx.stack[-1]
+    rows = [value for value in stack[-2:] if isinstance(value, rolled.RolledIndex)]
+    if not rows:
+        return
+    if coming.opname == "CALL":
+        if (
+            right in rows
+            and coming.arg == 1
+            and any(_function_of(f) in _NUMBER_OF for f in stack[-3:-1])
+        ):
+            stack[-1] = right.number
+        return
+    beside_tensor = any(isinstance(value, _compat.TensorVariable) for value in stack[-2:])
+    if coming.opname == "BINARY_SUBSCR" or (coming.opname, coming.arg) == ("BINARY_OP", _SUBSCRIPT):
+        if rows[-1] is right and beside_tensor:
+            if right.dims:  # x[e] with e of shape [1] keeps the dimension
+                one = _compat.ConstantVariable.create(1)
+                stack[-2] = stack[-2].call_method(tx, "unsqueeze", [one], {})
+            stack[-1] = right.number
+        return
+    following = tx.instructions[tx.instruction_pointer + 1].opname
+    tested = following.startswith("POP_JUMP") or following == "TO_BOOL"
+    beside_tensor &= not any(row.dims for row in rows)
+    if beside_tensor or (coming.opname == "COMPARE_OP" and tested):
+        stack[-2:] = [v.number if isinstance(v, rolled.RolledIndex) else v for v in stack[-2:]]
 
 
 def _answer_test(attempt: scope.Attempt, tx: Any, jump: Any) -> None:
@@ -206,7 +243,9 @@ def _answer_test(attempt: scope.Attempt, tx: Any, jump: Any) -> None:
     location = _location(tx, jump)
     if location in attempt.frame.distrusted:
         return
-    if isinstance(value, _compat.SymNodeVariable):
+    if isinstance(value, _compat.SymNodeVariable) and _rolled_loops(attempt, value.sym_num):
+        tx.stack[-1] = _compat.ConstantVariable.create(_decide(attempt, value.sym_num))
+    elif isinstance(value, _compat.SymNodeVariable):
         found = emptiness.of_number(value.sym_num)
         if found is None:
             return
@@ -264,8 +303,71 @@ def _iterate(attempt: scope.Attempt, tx: Any, start: Any) -> None:
     )
     if region is None:
         give_up("the loop over the list of hit experts", location)
-    attempt.assumptions.append(Visited(keep(tx, hits.rows), hits.bound, location, region.passes))
-    tx.stack[-1] = _compat.VariableTracker.build(tx, hits.numbers())
+    one = _roll(attempt, tx, region, hits.rows, hits.bound, hits.dims)
+    if one is not None:
+        numbers = [
+            each.listed(tx) if isinstance(each, rolled.RolledIndex) else each for each in one
+        ]
+        last = [_listed(hits.bound - 1, hits.dims)] if len(one) > 1 else []
+        elements = [*numbers[:1], *last]
+    else:
+        attempt.assumptions.append(
+            Visited(keep(tx, hits.rows), hits.bound, location, region.passes)
+        )
+        elements = [_listed(number, hits.dims) for number in range(hits.bound)]
+    tx.stack[-1] = _compat.VariableTracker.build(tx, elements)
+
+
+def _roll(
+    attempt: scope.Attempt, tx: Any, region: purity.Region, rows: Any, bound: int, dims: int
+) -> list[Any] | None:
+    """The elements of a loop that is traced once; None if it has to be traced for each expert."""
+    frame, location = attempt.frame, region.location
+    if attempt.level < scope.Level.ROLLED or location in frame.unrolled or region.carried:
+        return None
+    last = location in frame.sentinels
+    count = bound - 1 if last else bound
+    if count < rolled.MIN_EXPERTS:
+        return None
+    node, number = rolled.make_index(tx, rows, count)
+    assumption = Rolled(node, count, last, location, region.passes)
+    attempt.assumptions.append(assumption)
+    attempt.rolled[number.sym_num.node.expr] = assumption
+    region.rolled = True
+    row = rolled.RolledIndex(number, dims, lambda use: scope.unroll(location))
+    return [row, ExpertIndex(bound - 1, dims)] if last else [row]
+
+
+def _rolled_loops(attempt: scope.Attempt, number: Any) -> list[Rolled]:
+    """The loops whose expert ``number`` depends on."""
+    if not attempt.rolled or not isinstance(number, (torch.SymInt, torch.SymBool, torch.SymFloat)):
+        return []
+    symbols = number.node.expr.free_symbols
+    return [loop for symbol, loop in attempt.rolled.items() if symbol in symbols]
+
+
+def _unroll_if_rolled(attempt: scope.Attempt, number: Any) -> None:
+    for loop in _rolled_loops(attempt, number):
+        scope.unroll(loop.location)
+
+
+def _decide(attempt: scope.Attempt, condition: Any) -> bool:
+    """A test on the expert's number that comes out the same for all of them, or else not here."""
+    truth = rolled.decided(condition)
+    if truth is None:
+        loops = _rolled_loops(attempt, condition)
+        if len(loops) == 1 and not loops[0].last and rolled.asks_for(condition, loops[0].count - 1):
+            scope.split_last(loops[0].location)
+        scope.unroll(loops[0].location)
+    return truth
+
+
+def _evaluate(original: Any, attempt: scope.Attempt, symbol: Any, output_graph: Any = None) -> Any:
+    """Dynamo needs a number."""
+    if isinstance(symbol.sym_num, torch.SymBool) and _rolled_loops(attempt, symbol.sym_num):
+        return _decide(attempt, symbol.sym_num)
+    _unroll_if_rolled(attempt, symbol.sym_num)
+    return original(symbol, output_graph)
 
 
 def _region(attempt: scope.Attempt, what: str, location: str, make: Any) -> purity.Region | None:
@@ -277,8 +379,14 @@ def _region(attempt: scope.Attempt, what: str, location: str, make: Any) -> puri
         return None
     attempt.regions[:] = [r for r in attempt.regions if not r.closed]
     attempt.regions.append(region)
-    purity.watch(region, lambda r, impure: give_up(f"{r.kind}: {impure}", r.location))
+    purity.watch(region, _refuse)
     return region
+
+
+def _refuse(region: purity.Region, impure: purity.Impure) -> NoReturn:
+    if region.rolled:
+        scope.unroll(region.location)
+    give_up(f"{region.kind}: {impure}", region.location)
 
 
 def _unpack(
@@ -301,6 +409,9 @@ def _unpack(
     )
     if region is None:
         return original(rows, tx, *args, **kw)
+    one = _roll(attempt, tx, region, rows, bound, value.dim() - 1)
+    if one is not None:
+        return one
     attempt.assumptions.append(Visited(keep(tx, rows), bound, location, region.passes))
     return [ExpertIndex(i, value.dim() - 1) for i in range(bound)]
 
@@ -314,7 +425,7 @@ def _call_method(
         if not _settle_length(attempt, tx, rows, location):
             bound = _row_bound(node)
             if bound is not None and location not in attempt.frame.distrusted:
-                return Hits(rows, bound, node.meta["example_value"].dim() - 1)
+                return Hits(rows, bound, node.meta["example_value"].dim() - 1, location)
     return original(rows, tx, name, *args, **kw)
 
 
@@ -338,7 +449,7 @@ def _check_mutation(original: Any, attempt: scope.Attempt, effects: Any, item: A
         try:
             region.check_mutation(item)
         except purity.Impure as impure:
-            give_up(f"{region.kind}: {impure}")
+            _refuse(region, impure)
     return original(effects, item)
 
 
@@ -366,7 +477,9 @@ def _use_of_number(dims: int) -> str | None:
     """None if the instruction being traced may use the number in place of the tensor."""
     tx = _innermost()
     opname = tx.current_instruction.opname
-    if opname == "BINARY_SUBSCR" or (opname == "BINARY_OP" and tx.current_instruction.arg == 26):
+    if opname == "BINARY_SUBSCR" or (
+        opname == "BINARY_OP" and tx.current_instruction.arg == _SUBSCRIPT
+    ):
         return None
     if (
         opname == "COMPARE_OP"

@@ -42,14 +42,18 @@ class Believer(FakeBackend):
 class Loop(Block):
     """``body`` gets the block, x, the routing weights, the mask, the output and the hit list."""
 
-    def __init__(self, body: Body) -> None:
+    def __init__(self, body: Body, stacked: bool = False) -> None:
         super().__init__()
+        self.stacked = stacked
         self.body = body
         self.calls = 0
         self.table = dict.fromkeys(range(E), 1.0)
 
     def add(self, x: Any, weights: Any, mask: Any, out: Any, e: Any) -> None:
         k, t = torch.where(mask[e])
+        if self.stacked:
+            out.index_add_(0, t, self.stacked_expert(e, x[t]) * weights[t, k, None])
+            return
         out.index_add_(0, t, self.experts[e](x[t]) * weights[t, k, None])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -67,10 +71,12 @@ def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def compile_and_compare(body: Body) -> Believer:
+def compile_and_compare(
+    body: Body, backend: Believer | None = None, stacked: bool = False, **settings: Any
+) -> Believer:
     """One token: some experts have none.  The results have to be eager's."""
-    block, x, backend = Loop(body), torch.randn(1, H), Believer()
-    with torch.no_grad(), installed(backend, speculate=True):
+    block, x, backend = Loop(body, stacked), torch.randn(1, H), backend or Believer()
+    with torch.no_grad(), installed(backend, speculate=True, **settings):
         random.seed(0)
         expected, calls = block(x), block.calls
         block.calls = 0

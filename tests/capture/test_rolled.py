@@ -1,0 +1,339 @@
+"""Loops that are traced once.  The backend here executes what an assumption of the kind Rolled says, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from moe_inductor.capture import scope
+from moe_inductor.capture.assumptions import NonEmpty, Rolled, Tested, Visited
+from tests.capture import test_adversarial, test_constructs, test_purity
+from tests.capture.fake_backend import installed
+from tests.capture.models import Block, E, H
+from tests.capture.test_purity import Believer, compile_and_compare
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    scope.take_decline_reasons()
+    yield
+    torch._dynamo.reset()
+
+
+class Executor(fx.Interpreter):
+    """Runs the pass of a rolled loop for each row of its hit list."""
+
+    def __init__(self, gm: fx.GraphModule, loops: list[Rolled]) -> None:
+        super().__init__(gm, garbage_collect_values=False)
+        self.loops = {loop.index: loop for loop in loops}
+        self.inside = {node for loop in loops for one in loop.passes for node in one.nodes}
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n in self.loops:
+            return self.run_loop(self.loops[n])
+        of_a_pass = n in self.inside or "assert" in str(n.target)
+        of_a_pass |= n.op != "output" and any(self.env.get(a) is self for a in n.all_input_nodes)
+        # What nobody inside of a loop has made belongs to runtime assertions, which are for others.
+        return self if of_a_pass else super().run_node(n)
+
+    def run_loop(self, loop: Rolled) -> Any:
+        rows = self.env[loop.index.args[0]].flatten().tolist()
+        for value in rows:
+            is_last = loop.last and value == loop.count
+            self.env[loop.index] = value
+            for node in loop.passes[1 if is_last else 0].nodes:
+                if not node._erased and node.op != "output":
+                    self.env[node] = super().run_node(node)
+        return self
+
+
+class Roller(Believer):
+    def __call__(self, gm: fx.GraphModule, inputs: list[Any], **options: Any) -> Any:
+        super().__call__(gm, inputs, **options)
+        loops = [a for a in scope.assumptions() if isinstance(a, Rolled)]
+        return Executor(gm, loops).run if loops else gm.forward
+
+
+def rolled(body: Any) -> Roller:
+    backend = Roller()
+    compile_and_compare(body, backend, stacked=True, roll=True)
+    return backend
+
+
+# --- bodies over stacked weights ----------------------------------------------------------------------------------
+def rows_of_shape_one(s, x, w, m, out, hit):
+    for e in hit:
+        k, t = torch.where(m[e].squeeze(0))
+        y = F.linear(x[t], s.gate_up[e].squeeze(0))[:, :16]
+        out.index_add_(0, t, F.linear(y, s.down[e[0]]) * w[t, k, None])
+    return out
+
+
+def skip_if_empty(s, x, w, m, out, hit):
+    for e in hit.flatten().tolist():
+        k, t = torch.where(m[e])
+        if t.numel() == 0:
+            continue
+        out.index_add_(0, t, s.stacked_expert(e, x[t]) * w[t, k, None])
+    return out
+
+
+def two_loops(s, x, w, m, out, hit):
+    for e in hit[:, 0]:
+        s.add(x, w, m, out, e)
+    y = torch.zeros_like(out)
+    for e in hit.squeeze(-1):
+        s.add(x + 1, w, m, y, e)
+    return out + y
+
+
+def bound_is_checked(s, x, w, m, out, hit):
+    """Python may ask what is the same for all experts."""
+    for e in hit.flatten().tolist():
+        if e < E and e >= 0:
+            s.add(x, w, m, out, e)
+        else:
+            out.add_(1.0)
+    return out
+
+
+def scaled_by_the_number(s, x, w, m, out, hit):
+    for e in hit.flatten().tolist():
+        s.add(x * (e + 1), w, m, out, e)
+    return out
+
+
+def mask_by_comparison(s, x, w, m, out, hit):
+    ids = m.argmax(0).T
+    for e in hit[:, 0]:
+        t, k = torch.where(ids == e)
+        out.index_add_(0, t, s.stacked_expert(e, x[t]) * w[t, k, None])
+    return out
+
+
+def index_assignment(s, x, w, m, out, hit):
+    for e in hit[:, 0]:
+        k, t = torch.where(m[e])
+        out[t] += s.stacked_expert(e, x[t]) * w[t, k, None]
+    return out
+
+
+ROLLED = [
+    test_purity.rows_squeezed,
+    test_purity.rows_indexed,
+    test_purity.rows_with_sentinel,
+    test_purity.stacked_weights,
+    test_purity.local_list_in_body,
+    test_constructs.rows_tolist,
+    test_constructs.rows_flat_tolist,
+    test_constructs.nonzero_tuple_tolist,
+    test_constructs.rows_item,
+    test_constructs.rows_row_tolist,
+    test_constructs.rows_whole_slice,
+    test_constructs.rows_column,
+    test_constructs.rows_view,
+    test_constructs.rows_where,
+    rows_of_shape_one,
+    skip_if_empty,
+    two_loops,
+    bound_is_checked,
+    scaled_by_the_number,
+    mask_by_comparison,
+    index_assignment,
+]
+
+
+@pytest.mark.parametrize("body", ROLLED, ids=lambda body: body.__name__)
+def test_one_pass(body: Any) -> None:
+    backend = rolled(body)
+    assert [str(r) for r in backend.reasons] == []
+    assert len(backend.graphs) == 1
+    loops = [a for a in backend.assumptions if isinstance(a, Rolled)]
+    assert len(loops) == (2 if body is two_loops else 1)
+    for loop in loops:
+        assert (loop.count, loop.last, len(loop.passes)) == (E, False, 1)
+        assert loop.passes[0].before == loop.passes[0].after == {}
+        assert loop.location.startswith(test_purity.__file__.rsplit("/", 1)[0])
+    assert not any(isinstance(a, Visited) for a in backend.assumptions)
+
+
+# --- where each expert is traced, or none -------------------------------------------------------------------------
+def one_expert_is_special(s, x, w, m, out, hit):
+    for e in hit[:, 0]:
+        s.add(x * 3 if e == 2 else x, w, m, out, e)
+    return out
+
+
+def even_experts(s, x, w, m, out, hit):
+    for e in hit.flatten().tolist():
+        if e % 2 == 0:
+            s.add(x, w, m, out, e)
+    return out
+
+
+def among_some(s, x, w, m, out, hit):
+    for e in hit.flatten().tolist():
+        s.add(x * 3 if e in (0, 2) else x, w, m, out, e)
+    return out
+
+
+def looked_up(s, x, w, m, out, hit):
+    scales = [1.0, 2.0, 3.0, 4.0]
+    for e in hit.flatten().tolist():
+        s.add(x * scales[e], w, m, out, e)
+    return out
+
+
+def looked_up_by_key(s, x, w, m, out, hit):
+    scales = {0: 1.0, 2: 3.0}
+    for e in hit.flatten().tolist():
+        s.add(x * scales.get(e, 5.0), w, m, out, e)
+    return out
+
+
+def number_of_repeats(s, x, w, m, out, hit):
+    for e in hit.flatten().tolist():
+        y = x
+        for _ in range(e):
+            y = y + 1.0
+        s.add(y, w, m, out, e)
+    return out
+
+
+def text(s, x, w, m, out, hit):
+    for e in hit.flatten().tolist():
+        s.add(x * len(f"{e * 7}"), w, m, out, e)
+    return out
+
+
+def identity(s, x, w, m, out, hit):
+    for e in hit.flatten().tolist():
+        s.add(x * 3 if e is True else x, w, m, out, e)
+    return out
+
+
+UNROLLED = [
+    test_purity.functional_sum,
+    one_expert_is_special,
+    even_experts,
+    among_some,
+    looked_up,
+    looked_up_by_key,
+    number_of_repeats,
+    text,
+]
+
+
+@pytest.mark.parametrize("body", UNROLLED, ids=lambda body: body.__name__)
+def test_unrolled(body: Any) -> None:
+    backend = rolled(body)
+    assert not any(isinstance(a, Rolled) for a in backend.assumptions)
+    assert any(isinstance(a, Visited) for a in backend.assumptions)
+    assert len(backend.graphs) == 1
+
+
+IMPURE = [
+    test_purity.counter,
+    test_purity.last_index,
+    test_purity.attribute_in_callee,
+    test_purity.append_in_callee,
+    test_purity.dict_store,
+    test_purity.iterator_advanced,
+    test_purity.breaks,
+    test_purity.random_number,
+    test_purity.key_of_a_dict,
+    test_purity.kind_of_the_index,
+    test_purity.arithmetic_on_the_index,
+    test_purity.text_of_the_index,
+    test_purity.printed,
+    test_purity.grad_mode_changed,
+    test_purity.caught_outside,
+    test_adversarial.how_many_hits,
+    test_adversarial.is_hit,
+    test_adversarial.last_of_the_list,
+    test_adversarial.position_of_the_hit,
+    test_adversarial.zipped_hits,
+    test_adversarial.counter_over_the_list,
+    identity,
+]
+
+
+@pytest.mark.parametrize("body", IMPURE, ids=lambda body: body.__name__)
+def test_as_eager(body: Any) -> None:
+    rolled(body)
+
+
+class Stacked(Block):
+    """transformers 5: one_hot with a class too many, for tokens of other devices."""
+
+    def __init__(self, use_one_dim: bool) -> None:
+        super().__init__()
+        self.use_one_dim = use_one_dim
+
+    def forward(self, x: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
+        weights, ids = torch.topk(F.softmax(self.router(x), dim=-1), 2, dim=-1)
+        ids = torch.where(dropped, E, ids)
+        mask = F.one_hot(ids, num_classes=E + 1).permute(2, 1, 0)
+        out = torch.zeros_like(x)
+        hit = torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero()
+        for e in hit.squeeze(-1) if self.use_one_dim else hit:
+            if not self.use_one_dim:
+                e = e[0]
+            if e == E:
+                continue
+            k, t = torch.where(mask[e])
+            out.index_add_(0, t, self.stacked_expert(e, x[t]) * weights[t, k, None])
+        return out
+
+
+@pytest.mark.parametrize("use_one_dim", [False, True])
+def test_row_after_the_experts(use_one_dim: bool) -> None:
+    block, backend, x = Stacked(use_one_dim), Roller(), torch.randn(5, H)
+    with torch.no_grad(), installed(backend, speculate=True, roll=True):
+        compiled = torch.compile(block, backend=backend)
+        for dropped in (torch.zeros(5, 2, dtype=torch.bool), torch.rand(5, 2) > 0.5):
+            torch.testing.assert_close(compiled(x, dropped), block(x, dropped))
+    (loop,) = backend.assumptions
+    assert isinstance(loop, Rolled)
+    assert (loop.count, loop.last, len(loop.passes)) == (E, True, 2)
+    assert loop.passes[1].nodes == []
+
+
+def test_nested_tests_are_in_the_pass() -> None:
+    loop, test = rolled(skip_if_empty).assumptions
+    assert isinstance(loop, Rolled)
+    assert isinstance(test, NonEmpty | Tested)
+    assert set(test.passes[0].nodes) < set(loop.passes[0].nodes)
+
+
+def test_the_graph_does_not_grow_with_the_experts() -> None:
+    backend = rolled(test_purity.rows_indexed)
+    once = sum("linear" in str(n.target) for n in backend.graphs[0].graph.nodes)
+    assert once == 3  # router, gate and up, down
+
+
+def test_declined_loops_are_unrolled_next() -> None:
+    kinds: list[list[type]] = []
+
+    class Declines(Believer):
+        def __call__(self, gm: fx.GraphModule, inputs: list[Any], **options: Any) -> Any:
+            kinds.append([type(a) for a in scope.assumptions()])
+            if kinds[-1]:
+                scope.decline(None)
+            return gm.forward
+
+    compile_and_compare(test_purity.rows_indexed, Declines(), stacked=True, roll=True)
+    assert kinds[:2] == [[Rolled], [Visited]]
+    assert not any(kinds[2:])
+
+
+def test_an_unproved_graph_does_not_run() -> None:
+    with pytest.raises(AssertionError, match="unproved"):
+        compile_and_compare(test_purity.rows_indexed, Believer(), stacked=True, roll=True)
