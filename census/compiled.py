@@ -8,7 +8,6 @@ import torch
 from torch._dynamo.utils import counters
 
 from moe_inductor import _compat
-from moe_inductor.capture import scope
 from moe_inductor.debug.report import BlockReport, CompileReport
 from tests.without_inductor import WithoutInductor
 
@@ -33,7 +32,7 @@ class Compiled:
         torch._dynamo.reset()
         counters.clear()
         self.backend = Watching(inner)
-        assert scope.install(self.backend, speculate=True)
+        self.backend.install()
         self._breaks_before = len(_compat.graph_breaks())
         self.run = torch.compile(module, backend=self.backend)
 
