@@ -489,6 +489,8 @@ ALIKE = [replace_weight, change_weight, swap, fewer]
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_an_expert_that_is_changed_later(change: Any) -> None:
     """Guards hold for every expert, not only for those that were traced."""
+    if change is other_class and torch.__version__.startswith("2.11"):
+        pytest.skip("this Dynamo does not see it for any module, whatever the backend")
     # Dynamo does not look for hooks that come later unless it is told to, for no module.
     with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
         backend = layered(Layered(by_row), torch.randn(9, H), change)
