@@ -25,9 +25,12 @@ from moe_inductor.kernels.down import down
 from moe_inductor.kernels.gate_up import gate_up
 from moe_inductor.kernels.weights import Projection
 from moe_inductor.ops.cuda import topk_routing
+from moe_inductor.unit import parse
 
 from .cells import SHAPES, Shape, make_inputs, make_weights
 from .timing import graph_us
+
+SILU = parse("silu")
 
 # block_n, block_k, num_warps, num_stages, group_m, by TMA, persistent
 SMALL_GATE_UP = [
@@ -181,7 +184,7 @@ class Bench:
                     None,
                     aligned[index],
                     shape.k,
-                    "silu",
+                    SILU,
                     h,
                     shape.I,
                     config,
@@ -210,7 +213,7 @@ class Bench:
             x = self.inputs[index].hidden_states
             weights, ids = self.routed[index]
             if kernel == "gate_up":
-                decode_gate_up(x, self.gate_up, None, ids, "silu", h, shape.I, config)
+                decode_gate_up(x, self.gate_up, None, ids, SILU, h, shape.I, config)
             else:
                 decode_down(h, shape.I, self.down, weights, ids, y, config)
 

@@ -13,12 +13,10 @@ class Code(enum.Enum):
     CONTROL_FLOW = "the expert loop was not captured"
     MUTATION = "a tensor that the block reads is changed while the block runs"
     GRAD_STATE = "the block mixes grad modes"
-    AUTOCAST = "the block runs under autocast"
     CANONICALISE = "the block could not be traced again on its own"
     # match/
     SPELLING = "no known spelling"
     ACTIVATION = "activation not supported"
-    GATE_ORDER = "gate and up are exchanged"
     LAYOUT = "weight layout not supported"
     EXPERT_MISSING = "not every expert is visited"
     EXPERT_TWICE = "an expert is visited twice"

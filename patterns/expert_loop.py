@@ -10,15 +10,15 @@ The most common eager spelling: Mixtral and Qwen of transformers up to 4.51, OLM
 
 import torch
 from moe_inductor.patterns import _blocks
-from moe_inductor.patterns._blocks import HIDDEN, NUM_EXPERTS
+from moe_inductor.patterns._blocks import HIDDEN, INTERMEDIATE, NUM_EXPERTS
 from torch import nn
 from torch.nn import functional as F
 
 from moe_inductor.match.api import ExpertsSpelling, NearMiss, Sample
 
 
-def reference(x, topk_ids, topk_weights, experts, *, mask, sum_in):
-    dtype = topk_weights.dtype if sum_in == "weights" else x.dtype
+def reference(x, topk_ids, topk_weights, experts, *, mask, sum_in, weight_on):
+    dtype = {"x": x.dtype, "weights": topk_weights.dtype, "float32": torch.float32}[sum_in]
     out = torch.zeros(x.shape, dtype=dtype, device=x.device)
     for e, expert in experts:
         # In the normal form a row of a one-hot mask is this comparison.
@@ -27,7 +27,12 @@ def reference(x, topk_ids, topk_weights, experts, *, mask, sum_in):
             slot, token = torch.where(hit.T)
         else:
             token, slot = torch.where(hit)
-        y = expert(x[token]) * topk_weights[token, slot, None]
+        rows, weights = x[token], topk_weights[token, slot, None]
+        if weight_on == "input":
+            rows = (rows * weights).to(x.dtype)
+        y = expert(rows)
+        if weight_on == "output":
+            y = y * weights
         out = out.index_add(0, token, y.to(dtype))
     return out
 
@@ -43,8 +48,14 @@ class Loop(_blocks.Block):
     def where(self, mask, e):
         return torch.where(mask[e])
 
+    def linear(self, rows, weight, bias, e):
+        if not self.transposed:
+            return F.linear(rows, weight[e], None if bias is None else bias[e])
+        return rows @ weight[e] if bias is None else rows @ weight[e] + bias[e]
+
     def expert(self, e, rows):
-        return F.linear(self.act(F.linear(rows, self.gate_up_proj[e])), self.down_proj[e])
+        hidden = self.act(self.linear(rows, self.gate_up_proj, self.gate_up_bias, e))
+        return self.linear(hidden, self.down_proj, self.down_bias, e)
 
     def start(self, x):
         return torch.zeros_like(x)
@@ -56,8 +67,11 @@ class Loop(_blocks.Block):
         out, mask = self.start(x), self.mask(topk_ids)
         for e in self.visited:
             slot, token = self.where(mask, e)
-            rows = x[None, token].reshape(-1, HIDDEN)
-            self.add(out, token, self.expert(e, rows) * topk_weights[token, slot, None])
+            rows, weights = x[None, token].reshape(-1, HIDDEN), topk_weights[token, slot, None]
+            if self.weight_on_input:
+                self.add(out, token, self.expert(e, rows * weights))
+            else:
+                self.add(out, token, self.expert(e, rows) * weights)
         return out
 
 
@@ -109,16 +123,43 @@ class FirstModules(InModules):
     visited = range(NUM_EXPERTS - 1)
 
 
-class Transposed(Loop):
-    """Weights stored ``[E, in, out]`` and applied with ``@``."""
+class InDict(Loop):
+    """Experts in a ModuleDict, plain with biases: nllb_moe, switch_transformers."""
 
     def __init__(self):
         super().__init__()
-        self.gate_up_proj = nn.Parameter(self.gate_up_proj.detach().transpose(1, 2).contiguous())
-        self.down_proj = nn.Parameter(self.down_proj.detach().transpose(1, 2).contiguous())
+        self.mlps = nn.ModuleDict({f"expert_{e}": _blocks.Plain() for e in range(NUM_EXPERTS)})
 
     def expert(self, e, rows):
-        return self.act(rows @ self.gate_up_proj[e]) @ self.down_proj[e]
+        return self.mlps[f"expert_{e}"](rows)
+
+
+class Flat(Loop):
+    """All experts in one ``[E * I, H]`` weight per projection; the last one is used untransposed: dbrx."""
+
+    def __init__(self):
+        super().__init__()
+        self.w1, self.v1, self.w2 = (
+            nn.Parameter(torch.randn(NUM_EXPERTS * INTERMEDIATE, HIDDEN) * HIDDEN**-0.5)
+            for _ in range(3)
+        )
+
+    def expert(self, e, rows):
+        w1, v1, w2 = (
+            w.view(NUM_EXPERTS, INTERMEDIATE, HIDDEN).chunk(NUM_EXPERTS, dim=0)[e].squeeze(0)
+            for w in (self.w1, self.v1, self.w2)
+        )
+        return (F.silu(rows @ w1.t()) * (rows @ v1.t())) @ w2
+
+
+class SumInFloat(Loop):
+    """inkling2, openai_privacy_filter: the sum in fp32 whatever the model's dtype is."""
+
+    def start(self, x):
+        return torch.zeros_like(x, dtype=torch.float32)
+
+    def experts(self, x, topk_ids, topk_weights):
+        return super().experts(x, topk_ids, topk_weights).to(x.dtype)
 
 
 class TopOne(Loop):
@@ -136,20 +177,79 @@ class AuxiliaryLoss(Loop):
         return self.experts(x, topk_ids, topk_weights), balance, topk_ids
 
 
-class GeluLoop(_blocks.Gelu, Loop):
-    pass
+class OneAlpha(Loop):
+    """The constants of one expert's activation are not the others'."""
+
+    def expert(self, e, rows):
+        gate, up = self.linear(rows, self.gate_up_proj, None, e).chunk(2, dim=-1)
+        alpha = 1.702 if e != 2 else 1.7
+        return self.linear(gate * torch.sigmoid(gate * alpha) * up, self.down_proj, None, e)
 
 
-class SwappedLoop(_blocks.Swapped, Loop):
-    pass
+class OneInterleaved(Loop):
+    def expert(self, e, rows):
+        both = self.linear(rows, self.gate_up_proj, None, e)
+        gate, up = both.chunk(2, dim=-1) if e else (both[:, ::2], both[:, 1::2])
+        return self.linear(F.silu(gate) * up, self.down_proj, None, e)
 
 
-class InterleavedLoop(_blocks.Interleaved, Loop):
-    pass
+class OneUpFirst(Loop):
+    def expert(self, e, rows):
+        gate, up = self.linear(rows, self.gate_up_proj, None, e).chunk(2, dim=-1)
+        hidden = F.silu(gate) * up if e != 1 else F.silu(up) * gate
+        return self.linear(hidden, self.down_proj, None, e)
 
 
-class ClampedLoop(_blocks.Clamped, Loop):
-    pass
+class Biased(Loop):
+    biased = True
+
+
+class BiasOfNext(Biased):
+    def linear(self, rows, weight, bias, e):
+        return F.linear(rows, weight[e], bias[(e + 1) % NUM_EXPERTS])
+
+
+class OneWithoutBias(Biased):
+    def linear(self, rows, weight, bias, e):
+        return F.linear(rows, weight[e], bias[e] if e != 1 else None)
+
+
+class OneBiasForAll(Biased):
+    def linear(self, rows, weight, bias, e):
+        return F.linear(rows, weight[e], bias[0])
+
+
+class BiasNotWeighted(Biased):
+    """The bias of the second projection is added after the routing weight."""
+
+    def add(self, out, token, y):
+        super().add(out, token, y + self.down_bias[0])
+
+
+class ScaledBias(Biased):
+    def linear(self, rows, weight, bias, e):
+        return torch.addmm(bias[e], rows, weight[e].t(), beta=0.5)
+
+
+class WeightTwice(Loop):
+    """On the input and on the output."""
+
+    weight_on_input = True
+
+    def experts(self, x, topk_ids, topk_weights):
+        out, mask = self.start(x), self.mask(topk_ids)
+        for e in range(NUM_EXPERTS):
+            slot, token = self.where(mask, e)
+            weights = topk_weights[token, slot, None]
+            self.add(out, token, self.expert(e, x[token] * weights) * weights)
+        return out
+
+
+class PostNorm(Loop):
+    """muse_spark: a norm between the expert and its routing weight."""
+
+    def expert(self, e, rows):
+        return F.rms_norm(super().expert(e, rows), (HIDDEN,))
 
 
 class OneGelu(InModules):
@@ -275,7 +375,8 @@ EXPERT_LOOP = ExpertsSpelling(
     anchor="aten::nonzero",
     facts={
         "mask": ("slots first", "tokens first"),
-        "sum_in": ("x", "weights"),
+        "sum_in": ("x", "weights", "float32"),
+        "weight_on": ("output", "input"),
     },
     loop=True,
     samples=(
@@ -284,16 +385,26 @@ EXPERT_LOOP = ExpertsSpelling(
         Sample(name="compare", build=Compare),
         Sample(name="module_list", build=InModules),
         Sample(name="first_modules", build=FirstModules),
-        Sample(name="transposed", build=Transposed),
+        Sample(name="module_dict", build=InDict),
+        Sample(name="flat", build=Flat),
+        Sample(name="sum_in_float", build=SumInFloat, dtypes=(torch.bfloat16,)),
         Sample(name="top_one", build=TopOne),
         Sample(name="auxiliary_loss", build=AuxiliaryLoss),
+        *(Sample(name=name, build=block, brief=True) for name, block in _blocks.variants(Loop)),
     ),
     near_misses=(
-        NearMiss(name="gelu_for_silu", build=GeluLoop, code="ACTIVATION"),
+        *(NearMiss(name=n, build=b, code=c) for n, b, c in _blocks.near_variants(Loop)),
         NearMiss(name="one_expert_gelu", build=OneGelu, code="ACTIVATION"),
-        NearMiss(name="clamped_gate", build=ClampedLoop, code="ACTIVATION"),
-        NearMiss(name="gate_up_swapped", build=SwappedLoop, code="GATE_ORDER"),
-        NearMiss(name="interleaved", build=InterleavedLoop, code="LAYOUT"),
+        NearMiss(name="one_expert_alpha", build=OneAlpha, code="ACTIVATION"),
+        NearMiss(name="one_expert_up_first", build=OneUpFirst, code="ACTIVATION"),
+        NearMiss(name="one_expert_interleaved", build=OneInterleaved, code="ACTIVATION"),
+        NearMiss(name="bias_of_next_expert", build=BiasOfNext, code="EXPERT_WEIGHTS"),
+        NearMiss(name="one_expert_without_bias", build=OneWithoutBias, code="EXPERT_SHAPES"),
+        NearMiss(name="one_bias_for_all", build=OneBiasForAll, code="EXPERT_WEIGHTS"),
+        NearMiss(name="bias_not_weighted", build=BiasNotWeighted, code="SPELLING"),
+        NearMiss(name="scaled_bias", build=ScaledBias, code="SPELLING"),
+        NearMiss(name="weight_twice", build=WeightTwice, code="SPELLING"),
+        NearMiss(name="norm_after_expert", build=PostNorm, code="SPELLING"),
         NearMiss(name="expert_missing", build=Missing, code="EXPERT_MISSING"),
         NearMiss(name="expert_twice", build=Twice, code="EXPERT_TWICE"),
         NearMiss(name="weights_permuted", build=OtherWeights, code="EXPERT_WEIGHTS"),

@@ -10,7 +10,7 @@ from moe_inductor.patterns._blocks import HIDDEN, NUM_EXPERTS, TOP_K
 from moe_inductor.match.api import ExpertsSpelling, NearMiss, Sample
 
 
-def reference(x, topk_ids, topk_weights, experts, *, rows, clamp):
+def reference(x, topk_ids, topk_weights, experts, *, rows, clamp, weight_on, operands):
     T, k = topk_ids.shape
     expert_ids = topk_ids.reshape(-1)
     if clamp:  # out-of-range ids of expert parallelism, whose weights are zero
@@ -21,10 +21,20 @@ def reference(x, topk_ids, topk_weights, experts, *, rows, clamp):
         token_ids = torch.arange(T, device=x.device).unsqueeze(1).expand(-1, k).reshape(-1)
         repeated = x[token_ids]
 
-    def linear(operand, weight):
-        return torch.bmm(weight[expert_ids], operand.unsqueeze(-1)).squeeze(-1)
+    weights = topk_weights.reshape(-1, 1)
+    if weight_on == "input":
+        repeated = (repeated * weights).to(x.dtype)
 
-    y = experts(repeated, linear) * topk_weights.reshape(-1, 1)
+    def linear(operand, weight, bias):
+        if operands == "weight first":
+            out = torch.bmm(weight[expert_ids], operand.unsqueeze(-1)).squeeze(-1)
+        else:
+            out = torch.bmm(operand.unsqueeze(1), weight.transpose(-2, -1)[expert_ids]).squeeze(1)
+        return out if bias is None else out + bias[expert_ids]
+
+    y = experts(repeated, linear)
+    if weight_on == "output":
+        y = y * weights
     return y.view(T, k, -1).sum(dim=1).to(x.dtype)
 
 
@@ -34,17 +44,27 @@ class Batched(_blocks.Block):
     def rows(self, x):
         return x.repeat_interleave(TOP_K, dim=0)
 
-    def linear(self, operand, weight, expert_ids):
-        return torch.bmm(weight[expert_ids], operand.unsqueeze(-1)).squeeze(-1)
+    def linear(self, operand, weight, expert_ids, bias=None):
+        if self.transposed:
+            out = torch.bmm(operand.unsqueeze(1), weight[expert_ids]).squeeze(1)
+        else:
+            out = torch.bmm(weight[expert_ids], operand.unsqueeze(-1)).squeeze(-1)
+        if bias is not None:
+            out.add_(bias[expert_ids])
+        return out
 
     def combine(self, y, weights):
-        return (y * weights.unsqueeze(-1)).view(-1, TOP_K, HIDDEN).sum(dim=1)
+        weighted = y if weights is None else y * weights.unsqueeze(-1)
+        return weighted.view(-1, TOP_K, HIDDEN).sum(dim=1)
 
     def experts(self, x, topk_ids, topk_weights):
-        expert_ids = topk_ids.reshape(-1)
-        hidden = self.act(self.linear(self.rows(x), self.gate_up_proj, expert_ids))
-        y = self.linear(hidden, self.down_proj, expert_ids)
-        return self.combine(y, topk_weights.reshape(-1)).to(x.dtype)
+        expert_ids, weights = topk_ids.reshape(-1), topk_weights.reshape(-1)
+        rows = self.rows(x)
+        if self.weight_on_input:
+            rows, weights = rows * weights[:, None], None
+        first = self.linear(rows, self.gate_up_proj, expert_ids, self.gate_up_bias)
+        y = self.linear(self.act(first), self.down_proj, expert_ids, self.down_bias)
+        return self.combine(y, weights).to(x.dtype)
 
 
 class Gathered(Batched):
@@ -85,12 +105,52 @@ class WrongClamp(Batched):
         return super().experts(x, topk_ids.reshape(-1).clamp(0, NUM_EXPERTS - 2), topk_weights)
 
 
-class GeluBatched(_blocks.Gelu, Batched):
-    pass
+class Biased(Batched):
+    biased = True
 
 
-class SwappedBatched(_blocks.Swapped, Batched):
-    pass
+class BiasOfOtherIds(Biased):
+    def linear(self, operand, weight, expert_ids, bias=None):
+        out = super().linear(operand, weight, expert_ids)
+        return out + bias[expert_ids.flip(0)]
+
+
+class OneBias(Biased):
+    """The same bias for every expert."""
+
+    def linear(self, operand, weight, expert_ids, bias=None):
+        return super().linear(operand, weight, expert_ids) + bias[0]
+
+
+class BiasNotWeighted(Biased):
+    def experts(self, x, topk_ids, topk_weights):
+        expert_ids = topk_ids.reshape(-1)
+        first = self.linear(self.rows(x), self.gate_up_proj, expert_ids, self.gate_up_bias)
+        y = self.linear(self.act(first), self.down_proj, expert_ids)
+        y = y * topk_weights.reshape(-1, 1) + self.down_bias[expert_ids]
+        return y.view(-1, TOP_K, HIDDEN).sum(dim=1)
+
+
+class DoubleBias(Biased):
+    def linear(self, operand, weight, expert_ids, bias=None):
+        out = super().linear(operand, weight, expert_ids)
+        return torch.add(out, bias[expert_ids], alpha=2)
+
+
+class PostNorm(Batched):
+    """muse_spark."""
+
+    def combine(self, y, weights):
+        return super().combine(torch.nn.functional.rms_norm(y, (HIDDEN,)), weights)
+
+
+class WeightTwice(Batched):
+    def rows(self, x):
+        return super().rows(x) * self.topk_weights.reshape(-1, 1)
+
+    def experts(self, x, topk_ids, topk_weights):
+        self.topk_weights = topk_weights
+        return super().experts(x, topk_ids, topk_weights)
 
 
 class Tiled(Batched):
@@ -118,18 +178,6 @@ class Unweighted(Batched):
         return y.view(-1, TOP_K, HIDDEN).sum(dim=1)
 
 
-class WeightOnInput(Batched):
-    """Llama 4: the routing weight scales what the expert reads."""
-
-    def experts(self, x, topk_ids, topk_weights):
-        expert_ids = topk_ids.reshape(-1)
-        rows = self.rows(x) * topk_weights.reshape(-1, 1)
-        y = self.linear(
-            self.act(self.linear(rows, self.gate_up_proj, expert_ids)), self.down_proj, expert_ids
-        )
-        return y.view(-1, TOP_K, HIDDEN).sum(dim=1)
-
-
 class HiddenReturned(Batched):
     def act(self, gate_up):
         self.hidden = super().act(gate_up)
@@ -145,23 +193,36 @@ BATCHED_MM = ExpertsSpelling(
     reference=reference,
     anchor="aten::bmm",
     # repeat: since 5.1; gather: 5.0.  clamp: releases up to 5.19 had it.
-    facts={"rows": ("repeat", "gather"), "clamp": (True, False)},
+    facts={
+        "rows": ("repeat", "gather"),
+        "clamp": (True, False),
+        "weight_on": ("output", "input"),
+        "operands": (
+            "weight first",
+            "rows first",
+        ),  # rows first where weights are stored transposed
+    },
     ids_in_range="clamp",
     samples=(
         Sample(name="repeat", build=Batched),
         Sample(name="gather", build=Gathered),
         Sample(name="clamp", build=ClampedIds),
         Sample(name="counts_tokens", build=CountsTokens),
+        *(Sample(name=name, build=block, brief=True) for name, block in _blocks.variants(Batched)),
     ),
     near_misses=(
-        NearMiss(name="gelu_for_silu", build=GeluBatched, code="ACTIVATION"),
-        NearMiss(name="gate_up_swapped", build=SwappedBatched, code="GATE_ORDER"),
+        *(NearMiss(name=n, build=b, code=c) for n, b, c in _blocks.near_variants(Batched)),
+        NearMiss(name="bias_of_other_ids", build=BiasOfOtherIds, code="SPELLING"),
+        NearMiss(name="one_bias_for_all", build=OneBias, code="SPELLING"),
+        NearMiss(name="double_bias", build=DoubleBias, code="SPELLING"),
+        NearMiss(name="bias_not_weighted", build=BiasNotWeighted, code="SPELLING"),
+        NearMiss(name="norm_after_expert", build=PostNorm, code="SPELLING"),
+        NearMiss(name="weight_twice", build=WeightTwice, code="SPELLING"),
         NearMiss(name="clamped_too_low", build=WrongClamp, code="ROUTER"),
         NearMiss(name="tokens_tiled", build=Tiled, code="SPELLING"),
         NearMiss(name="other_ids_for_down", build=OtherIdsForDown, code="INPUTS_DIFFER"),
         NearMiss(name="mean_over_experts", build=MeanOverExperts, code="SPELLING"),
         NearMiss(name="unweighted", build=Unweighted, code="SPELLING"),
-        NearMiss(name="weight_on_input", build=WeightOnInput, code="SPELLING"),
         NearMiss(name="hidden_returned", build=HiddenReturned, code="ESCAPES"),
     ),
 )

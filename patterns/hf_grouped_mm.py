@@ -22,7 +22,7 @@ def _fallback(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -
     return op(rows.to(weight.dtype), weight, offs=offsets)
 
 
-def _experts(x, topk_ids, topk_weights, experts, grouped_mm, masks, permutation):
+def _experts(x, topk_ids, topk_weights, experts, grouped_mm, masks, permutation, weight_on):
     T, k = topk_ids.shape
     expert_ids = topk_ids.reshape(-1)
     weights = topk_weights.reshape(-1)
@@ -47,12 +47,18 @@ def _experts(x, topk_ids, topk_weights, experts, grouped_mm, masks, permutation)
     def masked(tensor, step):
         return tensor.masked_fill(sentinel, 0.0) if step in masks else tensor
 
-    def linear(operand, weight):
+    def linear(operand, weight, bias):
         made = grouped_mm(operand, weight.transpose(-2, -1), offsets)
+        if bias is not None:
+            made = made + bias[sorted_ids]
         return masked(made, "projections")
 
-    y = experts(masked(rows, "rows"), linear)
-    y = masked(y * weights.unsqueeze(-1), "weighted")
+    rows = masked(rows, "rows")
+    if weight_on == "input":
+        rows = (rows * weights.unsqueeze(-1)).to(rows.dtype)
+    y = experts(rows, linear)
+    if weight_on == "output":
+        y = masked(y * weights.unsqueeze(-1), "weighted")
     if permutation == "sort":
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(order.size(0), device=x.device)
@@ -61,12 +67,12 @@ def _experts(x, topk_ids, topk_weights, experts, grouped_mm, masks, permutation)
     return y[inverse].view(T, k, -1).sum(dim=1).to(x.dtype)
 
 
-def native(x, topk_ids, topk_weights, experts, *, masks, permutation):
-    return _experts(x, topk_ids, topk_weights, experts, _native, masks, permutation)
+def native(x, topk_ids, topk_weights, experts, **facts):
+    return _experts(x, topk_ids, topk_weights, experts, _native, **facts)
 
 
-def fallback(x, topk_ids, topk_weights, experts, *, masks, permutation):
-    return _experts(x, topk_ids, topk_weights, experts, _fallback, masks, permutation)
+def fallback(x, topk_ids, topk_weights, experts, **facts):
+    return _experts(x, topk_ids, topk_weights, experts, _fallback, **facts)
 
 
 _FACTS = {
@@ -74,17 +80,24 @@ _FACTS = {
     "masks": ((), ("rows", "projections"), ("rows", "weighted")),
     # argsort: 5.0.
     "permutation": ("sort", "argsort"),
+    "weight_on": ("output", "input"),
 }
 
 
 class Grouped(_blocks.Block):
     """As transformers writes it today."""
 
+    def linear(self, rows, weight, bias, sorted_ids, offsets):
+        out = self.grouped_mm(rows, weight.mT if self.transposed else weight, offsets)
+        if bias is not None:
+            out.add_(bias[sorted_ids])
+        return out
+
     def grouped_mm(self, rows, weight, offsets):
         if rows.dtype == torch.float64:  # torch has none; only the oracle computes in fp64
             groups = torch.tensor_split(rows, offsets[:-1].long())
             return torch.cat([g @ w.T for g, w in zip(groups, weight, strict=True)])
-        return torch._grouped_mm(rows, weight.transpose(-2, -1), offs=offsets)
+        return torch._grouped_mm(rows.to(weight.dtype), weight.transpose(-2, -1), offs=offsets)
 
     def rows(self, x, order):
         return x[order // TOP_K]
@@ -101,9 +114,13 @@ class Grouped(_blocks.Block):
     def experts(self, x, topk_ids, topk_weights):
         sorted_ids, order = torch.sort(topk_ids.reshape(-1))
         offsets = self.offsets(sorted_ids)
-        hidden = self.act(self.grouped_mm(self.rows(x, order), self.gate_up_proj, offsets))
-        y = self.grouped_mm(hidden, self.down_proj, offsets)
-        y = y * self.weights(topk_weights.reshape(-1), order).unsqueeze(-1)
+        rows, weights = self.rows(x, order), self.weights(topk_weights.reshape(-1), order)
+        if self.weight_on_input:
+            rows = rows * weights.unsqueeze(-1)
+        first = self.linear(rows, self.gate_up_proj, self.gate_up_bias, sorted_ids, offsets)
+        y = self.linear(self.act(first), self.down_proj, self.down_bias, sorted_ids, offsets)
+        if not self.weight_on_input:
+            y = y * weights.unsqueeze(-1)
         y = y[self.inverse(order)].view(-1, TOP_K, HIDDEN).sum(dim=1)
         return y.to(x.dtype)
 
@@ -159,16 +176,61 @@ class ArgSorted(Grouped):
         return y[torch.argsort(order)].view(-1, TOP_K, HIDDEN).sum(dim=1).to(x.dtype)
 
 
-class GeluGrouped(_blocks.Gelu, Grouped):
-    pass
+class MixedDtypes(Grouped):
+    """Hidden states in fp32 (after a norm that does not cast back), weights in bf16."""
+
+    def forward(self, x):
+        topk_weights, topk_ids = self.route(self.gate(x))
+        return self.experts(x.float() if x.dtype == torch.bfloat16 else x, topk_ids, topk_weights)
 
 
-class SwappedGrouped(_blocks.Swapped, Grouped):
-    pass
+class Biased(Grouped):
+    biased = True
 
 
-class InterleavedGrouped(_blocks.Interleaved, Grouped):
-    pass
+class BiasNotSorted(Biased):
+    """The bias of each pair's expert in the order of pairs, where rows are in the order of experts."""
+
+    def experts(self, x, topk_ids, topk_weights):
+        self.ids = topk_ids.reshape(-1)
+        return super().experts(x, topk_ids, topk_weights)
+
+    def linear(self, rows, weight, bias, sorted_ids, offsets):
+        return super().linear(rows, weight, bias, self.ids, offsets)
+
+
+class OneBias(Biased):
+    def linear(self, rows, weight, bias, sorted_ids, offsets):
+        return super().linear(rows, weight, None, sorted_ids, offsets) + bias[0]
+
+
+class DoubleBias(Biased):
+    def linear(self, rows, weight, bias, sorted_ids, offsets):
+        out = super().linear(rows, weight, None, sorted_ids, offsets)
+        return torch.add(out, bias[sorted_ids], alpha=2)
+
+
+class PostNorm(Grouped):
+    """muse_spark: a norm between the expert and its routing weight."""
+
+    def linear(self, rows, weight, bias, sorted_ids, offsets):
+        out = super().linear(rows, weight, bias, sorted_ids, offsets)
+        return out if weight is self.gate_up_proj else torch.nn.functional.rms_norm(out, (HIDDEN,))
+
+
+class WeightTwice(Grouped):
+    def rows(self, x, order):
+        return x[order // TOP_K] * self.topk_weights.reshape(-1)[order, None]
+
+    def experts(self, x, topk_ids, topk_weights):
+        self.topk_weights = topk_weights
+        return super().experts(x, topk_ids, topk_weights)
+
+
+class OtherOffsetsForDown(Grouped):
+    def linear(self, rows, weight, bias, sorted_ids, offsets):
+        shifted = offsets if weight is self.gate_up_proj else offsets.roll(1).sort().values
+        return super().linear(rows, weight, bias, sorted_ids, shifted)
 
 
 class WrongK(Grouped):
@@ -222,11 +284,20 @@ GROUPED_MM = ExpertsSpelling(
         Sample(name="masked", build=Masked, dtypes=(torch.bfloat16,)),
         Sample(name="masked_late", build=MaskedLate, dtypes=(torch.bfloat16,)),
         Sample(name="argsort", build=ArgSorted, dtypes=(torch.bfloat16,)),
+        Sample(name="mixed_dtypes", build=MixedDtypes, dtypes=(torch.bfloat16,)),
+        *(
+            Sample(name=name, build=block, dtypes=(torch.bfloat16,), brief=True)
+            for name, block in _blocks.variants(Grouped)
+        ),
     ),
     near_misses=(
-        NearMiss(name="gelu_for_silu", build=GeluGrouped, code="ACTIVATION"),
-        NearMiss(name="gate_up_swapped", build=SwappedGrouped, code="GATE_ORDER"),
-        NearMiss(name="interleaved", build=InterleavedGrouped, code="LAYOUT"),
+        *(NearMiss(name=n, build=b, code=c) for n, b, c in _blocks.near_variants(Grouped)),
+        NearMiss(name="bias_not_sorted", build=BiasNotSorted, code="SPELLING"),
+        NearMiss(name="one_bias_for_all", build=OneBias, code="SPELLING"),
+        NearMiss(name="double_bias", build=DoubleBias, code="SPELLING"),
+        NearMiss(name="norm_after_expert", build=PostNorm, code="SPELLING"),
+        NearMiss(name="weight_twice", build=WeightTwice, code="SPELLING"),
+        NearMiss(name="other_offsets_for_down", build=OtherOffsetsForDown, code="SPELLING"),
         NearMiss(name="wrong_k", build=WrongK, code="PROOF"),
         NearMiss(name="other_bins", build=OtherBins, code="PROOF"),
         NearMiss(name="not_the_inverse", build=NotInverse, code="SPELLING"),

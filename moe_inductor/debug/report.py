@@ -137,13 +137,27 @@ def _router(block: BlockReport) -> str:
 
 def _experts(moe: MoE) -> str:
     e = moe.experts
-    gate = f"{e.activation}-gated" if e.has_gate else e.activation
-    gate_up = "gate and up in one weight" if e.is_concatenated else "gate and up apart"
-    storage = f"{e.storage.replace('_', ' ')} weights" + (", transposed" if e.is_transposed else "")
-    return (
-        f"{e.num_experts} x ({e.hidden_size} -> {e.intermediate_size} -> {e.hidden_size}), {gate}, "
-        f"{storage}{', ' + gate_up if e.has_gate else ''}, {_name(e.weight_dtype)}"
-    )
+    gate = f"{e.activation}-gated" if e.has_gate and "(" not in e.activation else e.activation
+    layouts = {
+        "plain": "no gate",
+        "concatenated": "gate and up in one weight",
+        "interleaved": "gate and up interleaved in one weight",
+        "separate": "gate and up apart",
+    }
+    transposed = {e.gate_up_transposed, e.down_transposed}
+    which = "" if transposed == {True} else "first " if e.gate_up_transposed else "second "
+    facts = [
+        gate,
+        f"{e.storage.replace('_', ' ')} weights",
+        f"{which}transposed" if True in transposed else "",
+        layouts[e.layout],
+        "biases" if e.gate_up_bias or e.down_bias else "",
+        "routing weight on the input" if moe.combine.weight_on == "input" else "",
+        _name(e.weight_dtype),
+        f"computed in {_name(e.compute_dtype)}" if e.compute_dtype != e.weight_dtype else "",
+    ]
+    sizes = f"{e.num_experts} x ({e.hidden_size} -> {e.intermediate_size} -> {e.hidden_size})"
+    return ", ".join([sizes, *filter(None, facts)])
 
 
 def _grouped(reasons: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Pieces that several kernels share: the activation, the order of tiles, an expert's base address, the launch.
+"""Pieces that several kernels share: the order of tiles, an expert's base address, the launch.
 
 Vocabulary of this folder.  ``T`` tokens, ``E`` experts, ``k`` experts per token, ``H`` hidden size, ``I``
 intermediate size.  A *slot* is one (token, choice) pair, numbered ``token * k + choice``; there are ``T * k``.
@@ -11,16 +11,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-
-# Activations by name.  ``activate_gate`` is the only place that knows what a name means.
-ACTIVATIONS = ("silu",)
-
-
-@triton.jit
-def activate_gate(gate, ACTIVATION: tl.constexpr):
-    """``act(gate)`` for an fp32 tile."""
-    tl.static_assert(ACTIVATION == "silu", "unknown activation")
-    return gate / (1.0 + tl.exp(-gate))
 
 
 @triton.jit
@@ -52,6 +42,30 @@ def expert_address(
         return tl.multiple_of(address, ALIGNMENT)
     else:
         return weight_ptr + expert.to(tl.int64) * stride_expert
+
+
+@triton.jit
+def load_bias(bias_ptr, expert, rows, columns, used):
+    """One expert's bias ``[E, rows]`` at ``columns``, as fp32."""
+    offsets = expert.to(tl.int64) * rows + columns
+    return tl.load(bias_ptr + offsets, mask=used, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_biases(gate_bias_ptr, up_bias_ptr, expert, columns, I, used, LAYOUT: tl.constexpr):
+    """Biases of the gate columns and of the up columns, from wherever ``LAYOUT`` has them."""
+    if LAYOUT == "interleaved":
+        gate = load_bias(gate_bias_ptr, expert, 2 * I, 2 * columns, used)
+        up = load_bias(gate_bias_ptr, expert, 2 * I, 2 * columns + 1, used)
+    elif LAYOUT == "concatenated":
+        gate = load_bias(gate_bias_ptr, expert, 2 * I, columns, used)
+        up = load_bias(gate_bias_ptr, expert, 2 * I, I + columns, used)
+    else:
+        gate = load_bias(gate_bias_ptr, expert, I, columns, used)
+        up = gate
+        if LAYOUT == "separate":
+            up = load_bias(up_bias_ptr, expert, I, columns, used)
+    return gate, up
 
 
 def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:

@@ -4,7 +4,7 @@
     hidden_states  T, H            model dtype  caller           _decode_gate_up
     gate, up       [E][I, H]       model dtype  caller           _decode_gate_up
     topk_ids       T*k             int32/int64  caller           both
-    topk_weights   T*k             float        caller           _decode_down
+    topk_weights   T*k             float        caller           _decode_down, or _decode_gate_up (on the input)
     intermediate   T*k, padded(I)  model dtype  _decode_gate_up  _decode_down
     down           [E][H, I]       model dtype  caller           _decode_down
     out            T, H            out_dtype    _decode_down     caller
@@ -20,9 +20,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import activate_gate, expert_address, launch
+from moe_inductor.unit import Unit
+
+from .common import expert_address, launch, load_bias, load_biases
 from .configs import GemvConfig
-from .weights import Projection
+from .unit import evaluate
+from .weights import Projection, layout_of
 
 MAX_SLOTS = 8  # experts of a token that _decode_down reads at a time
 
@@ -32,6 +35,9 @@ def _decode_gate_up(
     hidden_states_ptr,
     gate_ptr,
     up_ptr,
+    gate_bias_ptr,
+    up_bias_ptr,
+    topk_weights_ptr,
     intermediate_ptr,
     topk_ids_ptr,
     E,
@@ -48,7 +54,7 @@ def _decode_gate_up(
     stride_intermediate,
     K: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    CONCATENATED: tl.constexpr,
+    LAYOUT: tl.constexpr,
     FROM_TABLE: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -64,7 +70,7 @@ def _decode_gate_up(
     length = tl.where(valid, H, 0)
     ELEMENT: tl.constexpr = hidden_states_ptr.dtype.element_ty
     gate_base = expert_address(gate_ptr, expert, stride_expert, ELEMENT, FROM_TABLE, ALIGNMENT)
-    if CONCATENATED:
+    if LAYOUT == "concatenated" or LAYOUT == "interleaved":
         up_base = gate_base + up_offset
     else:
         up_base = expert_address(up_ptr, expert, up_stride_expert, ELEMENT, FROM_TABLE, ALIGNMENT)
@@ -79,21 +85,35 @@ def _decode_gate_up(
     up = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for start in tl.range(0, length, BLOCK_K, num_stages=NUM_STAGES):
         inside = ks < length - start
+        used = column_used & inside[None, :]
         if EVEN_K and EVEN_N:
             w_gate = tl.load(gate_ptrs, eviction_policy="evict_first")
-            w_up = tl.load(up_ptrs, eviction_policy="evict_first")
+            if LAYOUT != "plain":
+                w_up = tl.load(up_ptrs, eviction_policy="evict_first")
         else:
-            used = column_used & inside[None, :]
             w_gate = tl.load(gate_ptrs, mask=used, other=0.0, eviction_policy="evict_first")
-            w_up = tl.load(up_ptrs, mask=used, other=0.0, eviction_policy="evict_first")
+            if LAYOUT != "plain":
+                w_up = tl.load(up_ptrs, mask=used, other=0.0, eviction_policy="evict_first")
         x = tl.load(x_ptrs) if EVEN_K else tl.load(x_ptrs, mask=inside, other=0.0)
         x = x.to(tl.float32)[None, :]
         gate += w_gate.to(tl.float32) * x
-        up += w_up.to(tl.float32) * x
+        if LAYOUT != "plain":
+            up += w_up.to(tl.float32) * x
         gate_ptrs += BLOCK_K * stride_in
         up_ptrs += BLOCK_K * up_stride_in
         x_ptrs += BLOCK_K
-    value = activate_gate(tl.sum(gate, 1), ACTIVATION) * tl.sum(up, 1)
+    gate_row, up_row = tl.sum(gate, 1), tl.sum(up, 1)
+    if topk_weights_ptr is not None:
+        scale = tl.load(topk_weights_ptr + slot).to(tl.float32)
+        gate_row *= scale
+        up_row *= scale
+    if gate_bias_ptr is not None:
+        gate_bias, up_bias = load_biases(
+            gate_bias_ptr, up_bias_ptr, expert, columns, I, valid & (columns < I), LAYOUT
+        )
+        gate_row += gate_bias
+        up_row += up_bias
+    value = evaluate(gate_row, up_row, ACTIVATION)
     tl.store(
         intermediate_ptr + slot.to(tl.int64) * stride_intermediate + columns,
         value.to(intermediate_ptr.dtype.element_ty),
@@ -105,6 +125,7 @@ def _decode_gate_up(
 def _decode_down(
     intermediate_ptr,
     weight_ptr,
+    bias_ptr,
     topk_weights_ptr,
     topk_ids_ptr,
     out_ptr,
@@ -131,13 +152,21 @@ def _decode_down(
     ks = tl.arange(0, BLOCK_K)
     offsets = columns.to(tl.int64)[:, None] * stride_out + ks[None, :] * stride_in
     acc = tl.zeros((SLOTS, BLOCK_N, BLOCK_K), tl.float32)
+    biases = tl.zeros((SLOTS, BLOCK_N), tl.float32)
     for first in tl.range(0, K, SLOTS):
         choice = first + tl.arange(0, SLOTS)
         slots = token * K + choice
         expert = tl.load(topk_ids_ptr + slots, mask=choice < K, other=-1)
         valid = (expert >= 0) & (expert < E)
         expert = tl.where(valid, expert, 0)
-        weights = tl.load(topk_weights_ptr + slots, mask=valid, other=0.0).to(tl.float32)
+        if topk_weights_ptr is not None:
+            weights = tl.load(topk_weights_ptr + slots, mask=valid, other=0.0).to(tl.float32)
+        else:
+            weights = valid.to(tl.float32)
+        if bias_ptr is not None:
+            inside_bias = valid[:, None] & (columns < H)[None, :]
+            bias = load_bias(bias_ptr, expert[:, None], H, columns[None, :], inside_bias)
+            biases += weights[:, None] * bias
         base = expert_address(
             weight_ptr,
             expert,
@@ -168,9 +197,12 @@ def _decode_down(
             acc += w.to(tl.float32) * h[:, None, :]
             w_ptrs += BLOCK_K * stride_in
             h_ptrs += BLOCK_K
+    total = tl.sum(tl.sum(acc, 2), 0)
+    if bias_ptr is not None:
+        total += tl.sum(biases, 0)
     tl.store(
         out_ptr + token.to(tl.int64) * H + columns,
-        tl.sum(tl.sum(acc, 2), 0).to(out_ptr.dtype.element_ty),
+        total.to(out_ptr.dtype.element_ty),
         mask=columns < H,
     )
 
@@ -180,34 +212,39 @@ def decode_gate_up(
     gate: Projection,
     up: Projection | None,
     topk_ids: torch.Tensor,
-    activation: str,
+    unit: Unit,
     intermediate: torch.Tensor,
     intermediate_size: int,
     config: GemvConfig,
+    input_weights: torch.Tensor | None = None,
 ) -> None:
-    """``up`` is None when ``gate`` holds gate and up rows concatenated."""
+    """See ``gate_up.gate_up``."""
     T, H = hidden_states.shape
     k = topk_ids.shape[1]
     I = intermediate_size
+    strides, up_offset = gate.halves
     launch(
         _decode_gate_up,
         (triton.cdiv(I, config.block_n), T * k),
         hidden_states,
         gate.storage,
         (up or gate).storage,
+        gate.bias,
+        up.bias if up else None,
+        input_weights,
         intermediate,
         topk_ids,
         gate.num_experts,
         H,
         I,
         hidden_states.stride(0),
-        *gate.strides,
-        *(up or gate).strides,
-        I * gate.stride_out,
+        *strides,
+        *(up.strides if up else strides),
+        up_offset,
         intermediate.stride(0),
         K=k,
-        ACTIVATION=activation,
-        CONCATENATED=up is None,
+        ACTIVATION=unit.text,
+        LAYOUT=layout_of(gate, up, unit),
         FROM_TABLE=gate.from_table,
         ALIGNMENT=min(gate.alignment, (up or gate).alignment),
         BLOCK_N=config.block_n,
@@ -223,11 +260,12 @@ def decode_down(
     intermediate: torch.Tensor,
     intermediate_size: int,
     weight: Projection,
-    topk_weights: torch.Tensor,
+    topk_weights: torch.Tensor | None,
     topk_ids: torch.Tensor,
     out: torch.Tensor,
     config: GemvConfig,
 ) -> None:
+    """``topk_weights`` is None where the input was weighted."""
     T, H = out.shape
     k = topk_ids.shape[1]
     I = intermediate_size
@@ -236,6 +274,7 @@ def decode_down(
         (triton.cdiv(H, config.block_n), T),
         intermediate,
         weight.storage,
+        weight.bias,
         topk_weights,
         topk_ids,
         out,

@@ -1,9 +1,10 @@
-"""Grouped down GEMM: multiplies by the routing weight and scatters each row to its slot.
+"""Grouped down GEMM: adds the bias, multiplies by the routing weight and scatters each row to its slot.
 
     array                   shape            dtype        written by  read by
     intermediate            rows, padded(I)  model dtype  gate_up     _down
     down weight             [E][H, I]        model dtype  caller      _down
-    topk_weights            T*k              float        caller      _down
+    bias                    E, H             model dtype  caller      _down (if there is one)
+    topk_weights            T*k              float        caller      _down (not if they weight the input)
     sorted_token_ids        rows             int32        align       _down
     expert_ids              rows / BLOCK_M   int32        align       _down
     num_tokens_post_padded  1                int32        align       _down
@@ -21,7 +22,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .align import Alignment
-from .common import allow_device_descriptors, expert_address, launch, tile_order
+from .common import allow_device_descriptors, expert_address, launch, load_bias, tile_order
 from .configs import GemmConfig
 from .weights import Projection
 
@@ -34,6 +35,7 @@ def _down_tile(
     intermediate_box,
     weight_ptr,
     weight_box,
+    bias_ptr,
     topk_weights_ptr,
     slot_outputs_ptr,
     sorted_token_ids_ptr,
@@ -102,10 +104,14 @@ def _down_tile(
             w_ptrs += BLOCK_K * stride_in
     slots = tl.load(sorted_token_ids_ptr + rows)
     row_used = slots < num_slots
-    weights = tl.load(topk_weights_ptr + slots, mask=row_used, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        acc += load_bias(bias_ptr, expert, H, columns, columns < H)[None, :]
+    if topk_weights_ptr is not None:
+        weights = tl.load(topk_weights_ptr + slots, mask=row_used, other=0.0).to(tl.float32)
+        acc *= weights[:, None]
     tl.store(
         slot_outputs_ptr + slots.to(tl.int64)[:, None] * H + columns[None, :],
-        (acc * weights[:, None]).to(slot_outputs_ptr.dtype.element_ty),
+        acc.to(slot_outputs_ptr.dtype.element_ty),
         mask=row_used[:, None] & (columns < H)[None, :],
     )
 
@@ -117,6 +123,7 @@ def _down(
     intermediate_box,
     weight_ptr,
     weight_box,
+    bias_ptr,
     topk_weights_ptr,
     slot_outputs_ptr,
     sorted_token_ids_ptr,
@@ -154,6 +161,7 @@ def _down(
             intermediate_box,
             weight_ptr,
             weight_box,
+            bias_ptr,
             topk_weights_ptr,
             slot_outputs_ptr,
             sorted_token_ids_ptr,
@@ -182,12 +190,13 @@ def down(
     intermediate: torch.Tensor,
     intermediate_size: int,
     weight: Projection,
-    topk_weights: torch.Tensor,
+    topk_weights: torch.Tensor | None,
     alignment: Alignment,
     slot_outputs: torch.Tensor,
     config: GemmConfig,
     num_programs: int,
 ) -> None:
+    """``topk_weights`` is None where the input was weighted."""
     num_slots, H = slot_outputs.shape
     I = intermediate_size
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
@@ -217,6 +226,7 @@ def down(
         intermediate_box,
         weight.storage,
         weight_box,
+        weight.bias,
         topk_weights,
         slot_outputs,
         *alignment,

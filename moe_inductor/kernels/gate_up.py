@@ -1,4 +1,4 @@
-"""Grouped gate/up GEMM: gathers tokens, multiplies, applies the activation, in one kernel.
+"""Grouped gate/up GEMM: gathers tokens, multiplies, adds biases, applies the unit, in one kernel.
 
     array                   shape                    dtype        written by  read by
     hidden_states           T, H                     model dtype  caller      _gate_up
@@ -9,13 +9,14 @@
     num_tokens_post_padded  1                        int32        align       _gate_up
     intermediate            rows, padded(I)          model dtype  _gate_up    down
 
-``intermediate[r] = act(gate_e x) * (up_e x)`` for the token x in sorted row r.  Rows of padding are not written.
+``intermediate[r] = unit(gate_e x, up_e x)`` for the token x in sorted row r.  Rows of padding are not written.
+A routing weight on the input scales the two products instead: ``W (w x) = w (W x)``.
 
-Two ways to read the weights:
+LAYOUT is "concatenated", "interleaved", "separate" or, without a gate, "plain".  Two ways to read the weights:
 * pointers: any strides, stacked or through a pointer table, two accumulators;
 * box: concatenated stacked weights seen as ``[E, 2, I, H]``, one 4-D TMA box ``[1, 2, BLOCK_N, BLOCK_K]`` brings
   the gate and the up rows of the same columns as one tile, so there is one wgmma of N = 2 * BLOCK_N and the two
-  halves are split in registers.  With a pointer table the kernel makes a descriptor of ``[2, I, H]`` per tile.
+  halves are split in registers.  Plain weights are ``[E, 1, I, H]``.  With a pointer table the kernel makes a descriptor of ``[2, I, H]`` per tile.
 """
 
 from __future__ import annotations
@@ -25,16 +26,19 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from moe_inductor.unit import Unit
+
 from .align import Alignment
 from .common import (
-    activate_gate,
     allow_device_descriptors,
     expert_address,
     launch,
+    load_biases,
     tile_order,
 )
 from .configs import GemmConfig
-from .weights import Projection
+from .unit import evaluate
+from .weights import Projection, layout_of
 
 
 @triton.jit
@@ -54,7 +58,7 @@ def _multiply_pointers(
     up_stride_out,
     up_stride_in,
     up_offset,
-    CONCATENATED: tl.constexpr,
+    LAYOUT: tl.constexpr,
     SAME_STRIDES: tl.constexpr,
     FROM_TABLE: tl.constexpr,
     ALIGNMENT: tl.constexpr,
@@ -68,7 +72,7 @@ def _multiply_pointers(
 ):
     ELEMENT: tl.constexpr = a_ptrs.dtype.element_ty
     gate_base = expert_address(gate_ptr, expert, stride_expert, ELEMENT, FROM_TABLE, ALIGNMENT)
-    if CONCATENATED:
+    if LAYOUT == "concatenated" or LAYOUT == "interleaved":
         up_base = gate_base + up_offset
     else:
         up_base = expert_address(up_ptr, expert, up_stride_expert, ELEMENT, FROM_TABLE, ALIGNMENT)
@@ -92,17 +96,24 @@ def _multiply_pointers(
             a = tl.load(a_ptrs, mask=row_used[:, None], other=0.0)
         else:
             a = tl.load(a_ptrs, mask=row_used[:, None] & inside, other=0.0)
-        if EVEN_K and EVEN_N:
-            w_gate = tl.load(gate_ptrs)
-            w_up = tl.load(up_ptrs)
-        elif EVEN_K:
-            w_gate = tl.load(gate_ptrs, mask=column_used, other=0.0)
-            w_up = tl.load(up_ptrs, mask=column_used, other=0.0)
+        if LAYOUT == "plain":
+            if EVEN_K and EVEN_N:
+                w_gate = tl.load(gate_ptrs)
+            else:
+                w_gate = tl.load(gate_ptrs, mask=column_used & inside, other=0.0)
+            gate = tl.dot(a, w_gate.T, gate, input_precision=PRECISION)
         else:
-            w_gate = tl.load(gate_ptrs, mask=column_used & inside, other=0.0)
-            w_up = tl.load(up_ptrs, mask=column_used & inside, other=0.0)
-        gate = tl.dot(a, w_gate.T, gate, input_precision=PRECISION)
-        up = tl.dot(a, w_up.T, up, input_precision=PRECISION)
+            if EVEN_K and EVEN_N:
+                w_gate = tl.load(gate_ptrs)
+                w_up = tl.load(up_ptrs)
+            elif EVEN_K:
+                w_gate = tl.load(gate_ptrs, mask=column_used, other=0.0)
+                w_up = tl.load(up_ptrs, mask=column_used, other=0.0)
+            else:
+                w_gate = tl.load(gate_ptrs, mask=column_used & inside, other=0.0)
+                w_up = tl.load(up_ptrs, mask=column_used & inside, other=0.0)
+            gate = tl.dot(a, w_gate.T, gate, input_precision=PRECISION)
+            up = tl.dot(a, w_up.T, up, input_precision=PRECISION)
         a_ptrs += BLOCK_K
         gate_ptrs += BLOCK_K * stride_in
         up_ptrs += up_step
@@ -121,6 +132,7 @@ def _multiply_box(
     I,
     stride_out,
     up_offset,
+    LAYOUT: tl.constexpr,
     FROM_TABLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -128,25 +140,33 @@ def _multiply_box(
     EVEN_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
+    PARTS: tl.constexpr = 2 if LAYOUT == "concatenated" else 1
     if FROM_TABLE:
         address = expert_address(gate_ptr, expert, 0, a_ptrs.dtype.element_ty, FROM_TABLE, 16)
         own_box = tl.make_tensor_descriptor(
-            address, [2, I, H], [up_offset, stride_out, 1], [2, BLOCK_N, BLOCK_K]
+            address,
+            [PARTS, I, H],
+            [up_offset, stride_out, 1],
+            [PARTS, BLOCK_N, BLOCK_K],
         )
     ks = tl.arange(0, BLOCK_K)
-    both = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
+    both = tl.zeros((BLOCK_M, PARTS * BLOCK_N), tl.float32)
     for start in tl.range(0, H, BLOCK_K, num_stages=NUM_STAGES):
         if EVEN_K:
             a = tl.load(a_ptrs, mask=row_used[:, None], other=0.0)
         else:
             a = tl.load(a_ptrs, mask=row_used[:, None] & (ks < H - start)[None, :], other=0.0)
-        if FROM_TABLE:  # noqa: SIM108 (own_box exists only here)
+        if FROM_TABLE:  # own_box exists only here
             w = own_box.load([0, first_column, start])
         else:
             w = box.load([expert, 0, first_column, start])
-        both = tl.dot(a, w.reshape(2 * BLOCK_N, BLOCK_K).T, both)
+        both = tl.dot(a, w.reshape(PARTS * BLOCK_N, BLOCK_K).T, both)
         a_ptrs += BLOCK_K
-    return tl.split(tl.permute(tl.reshape(both, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
+    if LAYOUT == "concatenated":
+        gate, up = tl.split(tl.permute(tl.reshape(both, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
+    else:
+        gate, up = both, both
+    return gate, up
 
 
 @triton.jit
@@ -156,6 +176,9 @@ def _gate_up_tile(
     hidden_states_ptr,
     gate_ptr,
     up_ptr,
+    gate_bias_ptr,
+    up_bias_ptr,
+    topk_weights_ptr,
     box,
     intermediate_ptr,
     sorted_token_ids_ptr,
@@ -174,7 +197,7 @@ def _gate_up_tile(
     up_offset,
     stride_intermediate,
     ACTIVATION: tl.constexpr,
-    CONCATENATED: tl.constexpr,
+    LAYOUT: tl.constexpr,
     SAME_STRIDES: tl.constexpr,
     FROM_TABLE: tl.constexpr,
     ALIGNMENT: tl.constexpr,
@@ -206,6 +229,7 @@ def _gate_up_tile(
             I,
             stride_out,
             up_offset,
+            LAYOUT,
             FROM_TABLE,
             BLOCK_M,
             BLOCK_N,
@@ -230,7 +254,7 @@ def _gate_up_tile(
             up_stride_out,
             up_stride_in,
             up_offset,
-            CONCATENATED,
+            LAYOUT,
             SAME_STRIDES,
             FROM_TABLE,
             ALIGNMENT,
@@ -242,7 +266,17 @@ def _gate_up_tile(
             NUM_STAGES,
             PRECISION,
         )
-    value = activate_gate(gate, ACTIVATION) * up
+    if topk_weights_ptr is not None:
+        scale = tl.load(topk_weights_ptr + slots, mask=row_used, other=0.0).to(tl.float32)
+        gate *= scale[:, None]
+        up *= scale[:, None]
+    if gate_bias_ptr is not None:
+        gate_bias, up_bias = load_biases(
+            gate_bias_ptr, up_bias_ptr, expert, columns, I, columns < I, LAYOUT
+        )
+        gate += gate_bias[None, :]
+        up += up_bias[None, :]
+    value = evaluate(gate, up, ACTIVATION)
     tl.store(
         intermediate_ptr + rows.to(tl.int64)[:, None] * stride_intermediate + columns[None, :],
         value.to(intermediate_ptr.dtype.element_ty),
@@ -256,6 +290,9 @@ def _gate_up(
     hidden_states_ptr,
     gate_ptr,
     up_ptr,
+    gate_bias_ptr,
+    up_bias_ptr,
+    topk_weights_ptr,
     box,
     intermediate_ptr,
     sorted_token_ids_ptr,
@@ -275,7 +312,7 @@ def _gate_up(
     up_offset,
     stride_intermediate,
     ACTIVATION: tl.constexpr,
-    CONCATENATED: tl.constexpr,
+    LAYOUT: tl.constexpr,
     SAME_STRIDES: tl.constexpr,
     FROM_TABLE: tl.constexpr,
     ALIGNMENT: tl.constexpr,
@@ -301,6 +338,9 @@ def _gate_up(
             hidden_states_ptr,
             gate_ptr,
             up_ptr,
+            gate_bias_ptr,
+            up_bias_ptr,
+            topk_weights_ptr,
             box,
             intermediate_ptr,
             sorted_token_ids_ptr,
@@ -319,7 +359,7 @@ def _gate_up(
             up_offset,
             stride_intermediate,
             ACTIVATION,
-            CONCATENATED,
+            LAYOUT,
             SAME_STRIDES,
             FROM_TABLE,
             ALIGNMENT,
@@ -340,15 +380,21 @@ def gate_up(
     up: Projection | None,
     alignment: Alignment,
     k: int,
-    activation: str,
+    unit: Unit,
     intermediate: torch.Tensor,
     intermediate_size: int,
     config: GemmConfig,
     num_programs: int,
+    input_weights: torch.Tensor | None = None,
 ) -> None:
-    """``up`` is None when ``gate`` holds gate and up rows concatenated."""
+    """``up`` is None when ``gate`` holds gate and up rows, or when there is no gate.
+
+    input_weights: routing weights, where they scale the input.
+    """
     T, H = hidden_states.shape
     I = intermediate_size
+    layout = layout_of(gate, up, unit)
+    strides, up_offset = gate.halves
     block_n, block_k = config.block_n, config.block_k
     box = None
     if config.weights_by_tma and gate.from_table:
@@ -356,11 +402,12 @@ def gate_up(
     elif config.weights_by_tma:
         stacked = gate.storage
         stride_e, stride_out, _ = stacked.stride()
+        parts = 2 if layout == "concatenated" else 1
         box = TensorDescriptor(
             stacked,
-            [stacked.shape[0], 2, I, H],
+            [stacked.shape[0], parts, I, H],
             [stride_e, I * stride_out, stride_out, 1],
-            [1, 2, block_n, block_k],
+            [1, parts, block_n, block_k],
         )
     tiles = alignment.expert_ids.shape[0] * triton.cdiv(I, block_n)
     launch(
@@ -369,6 +416,9 @@ def gate_up(
         hidden_states,
         gate.storage,
         (up or gate).storage,
+        gate.bias,
+        up.bias if up else None,
+        input_weights,
         box,
         intermediate,
         *alignment,
@@ -377,12 +427,12 @@ def gate_up(
         H,
         I,
         hidden_states.stride(0),
-        *gate.strides,
-        *(up or gate).strides,
-        I * gate.stride_out,
+        *strides,
+        *(up.strides if up else strides),
+        up_offset,
         intermediate.stride(0),
-        ACTIVATION=activation,
-        CONCATENATED=up is None,
+        ACTIVATION=unit.text,
+        LAYOUT=layout,
         SAME_STRIDES=up is None or up.strides == gate.strides,
         FROM_TABLE=gate.from_table,
         ALIGNMENT=min(gate.alignment, (up or gate).alignment),

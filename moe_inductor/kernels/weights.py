@@ -1,7 +1,7 @@
 """One projection's weights as the kernels read them: a stacked tensor or a pointer table, with its strides.
 
 The logical shape of a weight is always ``[out, in]``; a weight stored the other way arrives as a strided view.
-Nothing here copies a weight.
+Nothing here copies a weight matrix.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
+from moe_inductor.unit import Unit
+
 from .pointer_table import pointer_table
 
 
@@ -19,11 +21,20 @@ def _three(sizes: Sequence[int]) -> tuple[int, int, int]:
     return expert, outer, inner
 
 
+def _bias(biases: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Biases are small: a list of them is stacked, so that the kernels know one form."""
+    if not biases:
+        return None
+    return biases[0].contiguous() if biases[0].dim() == 2 else torch.stack(list(biases))
+
+
 @dataclasses.dataclass(frozen=True)
 class Projection:
     """storage: the ``[E, out, in]`` weight itself, or the int64 table of per-expert addresses.
 
     alignment: bytes that every table entry is a multiple of (16 for a stacked tensor, where it is not used).
+    bias: ``[E, out]``, dense; None where there is none.
+    interleaved: rows are gate, up, gate, up, ...
     """
 
     storage: torch.Tensor
@@ -36,9 +47,22 @@ class Projection:
     stride_in: int
     alignment: int
     dtype: torch.dtype
+    bias: torch.Tensor | None = None
+    interleaved: bool = False
 
     @staticmethod
-    def of(tensors: Sequence[torch.Tensor]) -> Projection:
+    def of(
+        tensors: Sequence[torch.Tensor],
+        biases: Sequence[torch.Tensor] = (),
+        interleaved: bool = False,
+    ) -> Projection:
+        plain = Projection._of_weights(tensors)
+        if not (biases or interleaved):
+            return plain
+        return dataclasses.replace(plain, bias=_bias(biases), interleaved=interleaved)
+
+    @staticmethod
+    def _of_weights(tensors: Sequence[torch.Tensor]) -> Projection:
         first = tensors[0]
         strides = first.stride()
         if first.dim() == 3:
@@ -74,5 +98,24 @@ class Projection:
         return aligned and self.stride_expert > 0
 
     @property
+    def halves(self) -> tuple[tuple[int, int, int], int]:
+        """Strides of the gate rows alone, and the offset from a gate row to its up row, where both are in here."""
+        if self.interleaved:
+            return (self.stride_expert, 2 * self.stride_out, self.stride_in), self.stride_out
+        return (
+            self.strides,
+            self.out_features // 2 * self.stride_out,
+        )  # not looked at without a gate
+
+    @property
     def strides(self) -> tuple[int, int, int]:
         return self.stride_expert, self.stride_out, self.stride_in
+
+
+def layout_of(gate: Projection, up: Projection | None, unit: Unit) -> str:
+    """Where the kernels find gate and up: the values of their LAYOUT."""
+    if up is not None:
+        return "separate"
+    if not unit.gated:
+        return "plain"
+    return "interleaved" if gate.interleaved else "concatenated"

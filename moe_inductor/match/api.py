@@ -1,8 +1,8 @@
 """The public pattern API: what a file in ``patterns/`` is made of.
 
 A pattern file holds one spelling, written as plain eager PyTorch the way its authors write it, and the facts about
-it.  Everything that does not belong to the spelling (activation, gate and up layout, weight storage, view and cast
-noise) is left to the ``experts`` argument and to the normal form, so that it never has to be written twice.
+it.  Everything that does not belong to the spelling (activation, gate and up layout, biases, weight storage, view and
+cast noise) is left to the ``experts`` argument and to the normal form, so that it never has to be written twice.
 
     def reference(x, topk_ids, topk_weights, experts, **facts) -> Tensor        # ExpertsSpelling
     def reference(router_logits, k, **facts) -> (topk_weights, topk_ids)        # RouterSpelling
@@ -25,14 +25,14 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-Linear = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 class Experts(Protocol):
     """The expert MLPs, as a reference sees them.
 
     ``experts(rows, linear)`` applies all experts to ``rows [S, H]`` sorted or paired by the spelling; ``linear(rows,
-    weight [E, out, in]) -> [S, out]`` is the spelling's way to apply a stack of weights.
+    weight [E, out, in], bias [E, out] or None) -> [S, out]`` is the spelling's way to apply a stack of weights.
     ``for e, expert in experts`` visits them one by one; ``expert(rows [n, H]) -> [n, H]``.
     """
 
@@ -59,11 +59,15 @@ class NearMiss:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A program in this spelling that must be fused.  build makes the module; it is called with ``x [T, 32]``."""
+    """A program in this spelling that must be fused.  build makes the module; it is called with ``x [T, 32]``.
+
+    brief: differs from another sample in nothing that has to do with shapes; a training step is test enough.
+    """
 
     name: str
     build: Callable[[], torch.nn.Module]
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    brief: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +76,8 @@ class ExpertsSpelling:
 
     source: where it comes from (package, file, versions).
     anchor: name of an ATen or custom op without which this spelling cannot occur ("aten::_grouped_mm").
-    facts: keyword arguments of the reference, each with the values it may take.
+    facts: keyword arguments of the reference, each with the values it may take.  ``weight_on`` is known beyond it:
+    "input" where the routing weight scales what the expert reads, "output" where it scales what it gives.
     loop: the reference visits experts one by one; its iteration is the pattern.
     ids_in_range: a fact under which the reference redirects ids outside ``[0, E)``, which the fused op ignores; with
     it, only ids that come from a top-k over E scores are matched.

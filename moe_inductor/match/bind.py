@@ -15,11 +15,15 @@ from moe_inductor.region.nodes import location, value
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Weight:
-    """One projection: ``nodes`` is one stacked ``[E, ..]`` tensor or E tensors in the order of expert ids."""
+    """One projection: ``nodes`` is one stacked ``[E, ..]`` tensor or E tensors in the order of expert ids.
+
+    bias: the same for its biases ``[E, out]`` or ``[out]``; empty where it has none.
+    """
 
     nodes: tuple[fx.Node, ...]
     is_stacked: bool
     is_transposed: bool
+    bias: tuple[fx.Node, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,7 +41,7 @@ class Bound:
 
     output [T, H]; x [.., H], topk_ids and topk_weights with T*k elements, each up to a reshape.
     visited: expert ids in the order a loop adds them up; range(E) for the other spellings.
-    traced: how many of these the graph holds; the others are the same code (``region/fold.py``).
+    traced: the experts of the passes that the graph holds, as in ``match.loop.Group``.
     """
 
     spelling: ExpertsSpelling
@@ -51,12 +55,21 @@ class Bound:
     up: Weight | None
     down: Weight
     visited: tuple[int, ...]
-    traced: int
+    traced: tuple[int | fx.Node, ...]
     router: BoundRouter | None = None
+
+    @property
+    def projections(self) -> tuple[Weight | None, ...]:
+        return self.gate_up, self.up, self.down
+
+    @property
+    def index(self) -> list[fx.Node]:
+        """The symbolic index of the one pass that stands for all, if there is one."""
+        return [e for e in self.traced if isinstance(e, fx.Node)]
 
     def inputs(self) -> list[fx.Node]:
         """The tensors a fused block reads, in the order that ``prove.reference_of`` takes them."""
-        weights = [*self.gate_up.nodes, *(self.up.nodes if self.up else ()), *self.down.nodes]
+        weights = [n for w in self.projections if w is not None for n in (*w.nodes, *w.bias)]
         return [self.x, self.topk_ids, self.topk_weights, *weights]
 
 
@@ -64,17 +77,20 @@ def check_experts(moe: MoE, gate_up: Weight, up: Weight | None, down: Weight) ->
     """All projections have the shapes that one MLP needs.  Raises Refusal(EXPERT_SHAPES)."""
     experts = moe.experts
     E, H, I = experts.num_experts, experts.hidden_size, experts.intermediate_size
-    rows = 2 * I if experts.is_concatenated else I
-    for weight, (outer, inner) in ((gate_up, (rows, H)), (up, (I, H)), (down, (H, I))):
+    expected = ((gate_up, (experts.first_rows, H)), (up, (I, H)), (down, (H, I)))
+    for weight, (outer, inner) in expected:
         if weight is None:
             continue
         matrix = (inner, outer) if weight.is_transposed else (outer, inner)
-        expected = (E, *matrix) if weight.is_stacked else matrix
-        for node in weight.nodes:
-            found = value(node)
-            if tuple(found.shape) != expected or found.dtype != experts.weight_dtype:
-                raise Refusal(
-                    Code.EXPERT_SHAPES,
-                    f"weight {tuple(found.shape)} {found.dtype} where {expected} {experts.weight_dtype} is needed",
-                    location(node),
-                )
+        stack = (E,) if weight.is_stacked else ()
+        for nodes, shape in ((weight.nodes, (*stack, *matrix)), (weight.bias, (*stack, outer))):
+            dtype = experts.weight_dtype if nodes is weight.nodes else None
+            for node in nodes:
+                found = value(node)
+                dtype = dtype or found.dtype  # biases may have a dtype of their own, all the same
+                if tuple(found.shape) != shape or found.dtype != dtype:
+                    raise Refusal(
+                        Code.EXPERT_SHAPES,
+                        f"weight {tuple(found.shape)} {found.dtype} where {shape} {dtype} is needed",
+                        location(node),
+                    )

@@ -1,7 +1,7 @@
 """Propose blocks: run the patterns of every spelling over a region's normal form and read what they bound.
 
-Upper piece, activation and lower piece are matched from the output towards the input; the first spelling that
-goes all the way wins.  When none does, the refusal that got furthest is the one worth telling.
+Upper piece, second projection, activation and first projection are matched from the output towards the input; the first
+spelling that goes all the way wins.  When none does, the refusal that got furthest is the one worth telling.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ from torch import fx
 
 from moe_inductor._compat import Match, OpOverload, PatternMatcherPass, register_graph_pattern
 from moe_inductor.description import Combine, Experts, MoE
-from moe_inductor.match.activation import GatedUnit, read_activation
+from moe_inductor.match.activation import Gated, read_activation
 from moe_inductor.match.api import ExpertsSpelling, combinations
 from moe_inductor.match.bind import Bound, Weight, check_experts
 from moe_inductor.match.loop import Group, Iteration, group_iterations
-from moe_inductor.match.pieces import Pieces, Shapes, experts_pieces
+from moe_inductor.match.pieces import PROJECTIONS, Pieces, Shapes, experts_pieces, unviewed
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.canonical import Canonical, Folded
 from moe_inductor.region.nodes import location, value
+
+# Casting GEMMs: their operands may differ in dtype in the model.
+_CASTING = ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
 
 
 def propose(
@@ -39,8 +42,10 @@ def propose(
         for facts, shapes in itertools.product(
             combinations(spelling.facts), _shapes(canonical, spelling.anchor)
         ):
-            pieces = experts_pieces(spelling, tuple(sorted(facts.items())), shapes)
-            attempt = _Attempt(spelling, facts, shapes, pieces, canonical.folded)
+            attempt = _Attempt(spelling, facts, shapes, canonical.folded)
+            pieces = attempt.pieces(0)
+            if pieces is None:
+                continue
             found, failed = attempt.run(find_all(canonical.module, pieces.upper))
             refused += failed
             if found:
@@ -54,8 +59,11 @@ class _Attempt:
     spelling: ExpertsSpelling
     facts: dict[str, Any]
     shapes: Shapes
-    pieces: Pieces
     folded: Folded | None
+
+    def pieces(self, projection: int) -> Pieces | None:
+        facts = tuple(sorted(self.facts.items()))
+        return experts_pieces(self.spelling, facts, self.shapes, PROJECTIONS[projection])
 
     def run(self, matches: list[Match]) -> tuple[list[Bound], list[Refusal]]:
         found, failed = [], []
@@ -69,56 +77,83 @@ class _Attempt:
 
     def _whole(self, match: Match) -> Bound:
         """A spelling that treats all experts at once."""
-        upper = match.kwargs
-        unit = read_activation(upper["hidden"])
-        gate = self._lower(unit.gate)
-        up = None if unit.is_concatenated else self._lower(unit.up)
-        for lower in (gate, up or gate):
-            if lower.get("topk_ids", upper["topk_ids"]) is not upper["topk_ids"] or (
-                lower["x"] is not gate["x"]
-            ):
-                raise Refusal(Code.INPUTS_DIFFER, "", location(match.output_node()))
+        iteration = self._iteration(match)
+        gate, *up = [self._stacked(p) for p in iteration.unit.projections]
         group = Group(
             output=match.output_node(),
-            x=gate["x"],
-            gate_up=self._stacked(gate["gate_up"]),
-            up=self._stacked(up["gate_up"]) if up else None,
-            down=self._stacked(upper["down"]),
+            x=iteration.bound["x"],
+            gate_up=gate,
+            up=up[0] if up else None,
+            down=self._stacked(iteration.second),
             visited=None,
         )
-        return self._bound(unit, upper, group)
+        return self._bound(iteration, group)
 
     def _loop(self, matches: list[Match]) -> Bound:
         """A spelling that visits experts one by one: all matches together are one block."""
-        iterations = []
-        for match in matches:
-            unit = read_activation(match.kwargs["hidden"])
-            lower = [self._lower(gemm) for gemm in dict.fromkeys((unit.gate, unit.up))]
-            iterations.append(Iteration(match, match.kwargs, unit, lower))
-        group = group_iterations(
-            iterations, is_transposed=self.shapes.is_transposed, folded=self.folded
-        )
-        return self._bound(iterations[0].unit, iterations[0].upper, group)
+        iterations = [self._iteration(match) for match in matches]
+        group = group_iterations(iterations, self.folded)
+        return self._bound(iterations[0], group)
 
-    def _lower(self, gemm: fx.Node) -> dict[str, Any]:
-        match = self.pieces.lower.match(gemm)
-        if not match:
+    def _iteration(self, match: Match) -> Iteration:
+        """All that one match of the upper piece leads to.
+
+        Raises Refusal (SPELLING, ACTIVATION, LAYOUT, INPUTS_DIFFER, DTYPE).
+        """
+        output = match.output_node()
+        second = self._projection(match.kwargs["y"], "second")
+        if second is None:
             raise Refusal(
                 Code.SPELLING,
-                "the experts' first projection does not read its own tokens",
-                location(gemm),
+                "the experts' second projection is not one of this spelling",
+                location(match.kwargs["y"]) or location(output),
             )
-        return match.kwargs  # type: ignore[union-attr]
+        unit = read_activation(second["hidden"], lambda node: self._projection(node, "first"))
+        if value(match.kwargs["y"]).dtype != unit.dtype:
+            raise Refusal(Code.DTYPE, "the two projections compute in two dtypes", location(output))
+        bound: dict[str, fx.Node] = {}
+        for part in (match.kwargs, second, *unit.projections):
+            for name in ("x", "topk_ids", "topk_weights"):
+                if name in part and bound.setdefault(name, part[name]) is not part[name]:
+                    raise Refusal(Code.INPUTS_DIFFER, "", location(output))
+        if len(bound) < 3:
+            raise Refusal(Code.SPELLING, "", location(output))
+        return Iteration(match, match.kwargs, unit, second, bound)
 
-    def _stacked(self, node: fx.Node) -> Weight:
-        return Weight((node,), is_stacked=True, is_transposed=self.shapes.is_transposed)
+    def _projection(self, node: fx.Node, which: str) -> dict[str, Any] | None:
+        """What ``node``, a projection's result, is made of; None where it is something else."""
+        node = unviewed(node)
+        for number, projection in enumerate(PROJECTIONS):
+            pieces = self.pieces(number)
+            assert pieces is not None
+            pattern = pieces.first if which == "first" else pieces.second
+            match = pattern.match(node)
+            if not match:
+                continue
+            bound = dict(match.kwargs)  # type: ignore[union-attr]
+            rank = 1 if self.spelling.loop else 2
+            if projection.has_bias and value(bound["bias"]).dim() != rank:
+                continue  # the sum of two projections, say
+            return bound | {"is_transposed": projection.is_transposed}
+        return None
 
-    def _bound(self, unit: GatedUnit, upper: dict[str, Any], group: Group) -> Bound:
-        moe = _describe(self.spelling, unit, upper["topk_ids"], group)
-        self._check_trace(moe, upper, group)
+    def _stacked(self, projection: dict[str, Any]) -> Weight:
+        bias = projection.get("bias")
+        return Weight(
+            (projection["weight"],),
+            is_stacked=True,
+            is_transposed=projection["is_transposed"],
+            bias=() if bias is None else (bias,),
+        )
+
+    def _bound(self, iteration: Iteration, group: Group) -> Bound:
+        ids = iteration.bound["topk_ids"]
+        weight_on = self.facts.get("weight_on", "output")
+        moe = _describe(self.spelling, iteration.unit, weight_on, ids, group)
+        self._check_trace(moe, iteration, group)
         check_experts(moe, group.gate_up, group.up, group.down)
         if self.facts.get(self.spelling.ids_in_range or "") and not ids_in_range(
-            upper["topk_ids"], moe.experts.num_experts
+            ids, moe.experts.num_experts
         ):
             raise Refusal(Code.SPELLING, "ids may be out of range", location(group.output))
         visited = group.visited or tuple(range(moe.experts.num_experts))
@@ -128,26 +163,26 @@ class _Attempt:
             moe=moe,
             output=group.output,
             x=group.x,
-            topk_ids=upper["topk_ids"],
-            topk_weights=upper["topk_weights"],
+            topk_ids=ids,
+            topk_weights=iteration.bound["topk_weights"],
             gate_up=group.gate_up,
             up=group.up,
             down=group.down,
             visited=visited,
-            traced=group.traced or len(visited),
+            traced=group.traced or visited,
         )
 
-    def _check_trace(self, moe: MoE, upper: dict[str, Any], group: Group) -> None:
+    def _check_trace(self, moe: MoE, iteration: Iteration, group: Group) -> None:
         """A pattern can match where a trace with other dtypes or with k > 1 is meant: leave it to that one."""
         T, H = value(group.output).shape
-        x, ids = value(group.x), value(upper["topk_ids"])
+        x, ids = value(group.x), value(iteration.bound["topk_ids"])
         fits = (
             x.dtype == self.shapes.x_dtype
-            and value(upper["topk_weights"]).dtype == self.shapes.weights_dtype
+            and moe.experts.weight_dtype == self.shapes.weight_dtype
+            and value(iteration.bound["topk_weights"]).dtype == self.shapes.routing_dtype
             and (moe.top_k == 1) == (self.shapes.top_k == 1)
             and str(x.numel()) == str(T * H)
             and str(ids.numel()) == str(T * moe.top_k)
-            and not (self.shapes.is_transposed and _is_permuted(group.down))
         )
         if not fits:
             raise Refusal(Code.SPELLING, "", location(group.output))
@@ -164,11 +199,6 @@ def find_all(module: fx.GraphModule, pattern: Any) -> list[Match]:
     register_graph_pattern(pattern, pass_dict=patterns)(collect)  # type: ignore[arg-type]
     patterns.apply(module)
     return [hits[n] for n in module.graph.nodes if n in hits]
-
-
-def _is_permuted(weight: Weight) -> bool:
-    """The operand is a transpose of what is stored: the pattern without ``is_transposed`` names the storage."""
-    return any(node.target is torch.ops.aten.permute.default for node in weight.nodes)
 
 
 def _op_name(node: fx.Node) -> str:
@@ -194,30 +224,39 @@ def _shapes(canonical: Canonical, anchor: str) -> Iterator[Shapes]:
                 chosen.setdefault(1 if found.shape[1] == 1 else 2)
     device = next(iter(devices), torch.device("cpu"))
     sizes = (tokens or {7: None}, chosen or {2: None})
-    for transposed, x, w, t, k in itertools.product(
-        (False, True), anchored or floats, floats, *sizes
-    ):
+    # Outside autocast, only a GEMM that casts its rows takes two dtypes.
+    mixed = anchor in _CASTING or canonical.autocast is not None
+    weights = floats if canonical.autocast is not None else anchored or floats
+    pairs = [(x, w) for w in weights for x in floats if mixed or x == w]
+    pairs.sort(key=lambda pair: pair[0] != pair[1])
+    for (x, weight), routing, t, k in itertools.product(pairs, floats, *sizes):
         yield Shapes(
             x_dtype=x,
-            weights_dtype=w,
+            weight_dtype=weight,
+            routing_dtype=routing,
             device=device,
             num_tokens=t,
             top_k=k,
-            is_transposed=transposed,
+            autocast=canonical.autocast,
         )
 
 
-def _describe(spelling: ExpertsSpelling, unit: GatedUnit, topk_ids: fx.Node, group: Group) -> MoE:
+def _describe(
+    spelling: ExpertsSpelling, unit: Gated, weight_on: Any, topk_ids: fx.Node, group: Group
+) -> MoE:
     where = location(group.output)
     T, H = value(group.output).shape
-    down = group.down
+    gate_up, down = group.gate_up, group.down
     matrix = value(down.nodes[0])
     E = matrix.shape[0] if down.is_stacked else len(down.nodes)
     I = matrix.shape[-2] if down.is_transposed else matrix.shape[-1]
     if not all(isinstance(size, int) for size in (E, H, I)):
         raise Refusal(Code.EXPERT_SHAPES, "E, H and I must be known sizes", where)
-    if len({w.is_stacked for w in (group.gate_up, group.up, down) if w}) > 1:
+    first = [w for w in (gate_up, group.up) if w is not None]
+    if len({w.is_stacked for w in (*first, down)}) > 1:
         raise Refusal(Code.LAYOUT, "stacked and separate weights are mixed", where)
+    if len({(w.is_transposed, bool(w.bias)) for w in first}) > 1:
+        raise Refusal(Code.LAYOUT, "gate and up are stored in two ways", where)
     return MoE(
         spelling=spelling.name,
         top_k=_top_k(topk_ids, T),
@@ -226,12 +265,16 @@ def _describe(spelling: ExpertsSpelling, unit: GatedUnit, topk_ids: fx.Node, gro
             hidden_size=H,
             intermediate_size=I,
             activation=unit.activation,
-            is_concatenated=unit.is_concatenated,
-            is_transposed=down.is_transposed,
+            layout=unit.layout,
             storage="stacked" if down.is_stacked else "per_expert",
+            gate_up_transposed=gate_up.is_transposed,
+            down_transposed=down.is_transposed,
+            gate_up_bias=bool(gate_up.bias),
+            down_bias=bool(down.bias),
             weight_dtype=matrix.dtype,
+            compute_dtype=unit.dtype,
         ),
-        combine=Combine(out_dtype=value(group.output).dtype),
+        combine=Combine(weight_on=weight_on, out_dtype=value(group.output).dtype),
     )
 
 

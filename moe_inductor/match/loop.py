@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from moe_inductor._compat import Match, bound_nodes
-from moe_inductor.match.activation import GatedUnit
+from moe_inductor.match.activation import Gated
 from moe_inductor.match.bind import Weight
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.canonical import Folded
@@ -25,12 +25,16 @@ aten = torch.ops.aten
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Iteration:
-    """One visit: what the upper piece bound, the activation, and what the lower piece bound per first GEMM."""
+    """One visit: what the upper piece bound, the unit with what its projections bound, and the second projection.
+
+    bound: x, topk_ids and topk_weights.
+    """
 
     match: Match
     upper: dict[str, Any]
-    unit: GatedUnit
-    lower: list[dict[str, Any]]
+    unit: Gated
+    second: dict[str, Any]
+    bound: dict[str, fx.Node]
 
     @property
     def output(self) -> fx.Node:
@@ -41,7 +45,8 @@ class Iteration:
 class Group:
     """A whole block.  Weights are in the order of expert ids; visited is the order of a loop's sum.
 
-    traced: how many of the visited experts are in the graph; the others are folded into these.
+    traced: the experts of the passes that are in the graph.  The others are folded into these (``region/fold.py``), or
+    there is one pass for all, whose expert is the node of a symbolic index (``capture/rolled.py``).
     """
 
     output: fx.Node
@@ -49,49 +54,37 @@ class Group:
     gate_up: Weight
     up: Weight | None
     down: Weight
-    visited: tuple[int, ...] | None
-    traced: int | None = None
+    visited: tuple[Any, ...] | None
+    traced: tuple[int | fx.Node, ...] = ()
 
 
-def group_iterations(
-    iterations: list[Iteration], *, is_transposed: bool, folded: Folded | None = None
-) -> Group:
+def group_iterations(iterations: list[Iteration], folded: Folded | None = None) -> Group:
     """Raises Refusal with the code of the first requirement that does not hold."""
     chain = _chain(iterations)
     first = chain[0]
     for it in chain:
-        same = (
-            it.upper["topk_ids"] is first.upper["topk_ids"]
-            and it.upper["topk_weights"] is first.upper["topk_weights"]
-            and all(low["x"] is first.lower[0]["x"] for low in it.lower)
-            and it.unit.activation == first.unit.activation
-            and it.unit.is_concatenated == first.unit.is_concatenated
-        )
-        if not same:
+        if it.bound != first.bound:
             raise Refusal(Code.INPUTS_DIFFER, "", location(it.output))
+        if not it.unit.same_function(first.unit):
+            raise Refusal(
+                Code.ACTIVATION,
+                f"one expert computes {first.unit.activation}, another {it.unit.activation}",
+                location(it.output),
+            )
     traced = _expert_ids(chain)
-    visited = traced
-    if folded is not None:
-        visited = folded.ids
-        if visited[: len(traced)] != traced:
-            raise Refusal(Code.SPELLING, "", location(chain[0].output))
-
-    def weight(sources: list[fx.Node]) -> Weight:
-        found = _weight(chain, traced, sources, is_transposed)
-        if folded is None or found.is_stacked:
-            return found
-        every = folded.weights.get(sources[0])
-        if every is None:
-            raise Refusal(Code.LAYOUT, "", location(sources[0]))
-        by_id = dict(zip(visited, every, strict=True))
-        return dataclasses.replace(found, nodes=tuple(by_id[e] for e in sorted(by_id)))
-
-    gate_up = weight([it.lower[0]["gate_up"] for it in chain])
-    up = None
-    if not first.unit.is_concatenated:
-        up = weight([it.lower[-1]["gate_up"] for it in chain])
-    down = weight([it.upper["down"] for it in chain])
+    if folded is not None and folded.ids[: len(traced)] != traced:
+        raise Refusal(Code.SPELLING, "", location(chain[0].output))
+    gate_up, *up = [
+        _weight(chain, traced, [it.unit.projections[i] for it in chain], folded)
+        for i in range(len(first.unit.projections))
+    ]
+    down = _weight(chain, traced, [it.second for it in chain], folded)
     num_experts = value(down.nodes[0]).shape[0] if down.is_stacked else len(down.nodes)
+    visited = folded.ids if folded is not None else traced
+    if isinstance(
+        traced[0], fx.Node
+    ):  # how many it stands for is an assumption, and proved as such
+        visited = tuple(range(num_experts))
     last = location(chain[-1].output)
     if len(set(visited)) < len(visited):
         twice = next(e for e in visited if visited.count(e) > 1)
@@ -100,7 +93,13 @@ def group_iterations(
     if missing or sorted(visited) != list(range(len(visited))):
         raise Refusal(Code.EXPERT_MISSING, f"experts {missing[:4]} are never visited", last)
     return Group(
-        chain[-1].output, first.lower[0]["x"], gate_up, up, down, visited, traced=len(traced)
+        chain[-1].output,
+        first.bound["x"],
+        gate_up,
+        up[0] if up else None,
+        down,
+        visited,
+        traced,
     )
 
 
@@ -127,7 +126,7 @@ def _chain(iterations: list[Iteration]) -> list[Iteration]:
     return chain
 
 
-def _expert_ids(chain: list[Iteration]) -> tuple[int, ...]:
+def _expert_ids(chain: list[Iteration]) -> tuple[Any, ...]:
     """The id each iteration selects tokens with: the one constant in which its pattern nodes differ from the first's.
 
     Constants are wildcards of the pattern, so corresponding nodes of two iterations can be compared
@@ -147,19 +146,43 @@ def _expert_ids(chain: list[Iteration]) -> tuple[int, ...]:
     return tuple(int(bound_nodes(it.match)[part].args[i]) for it in chain)  # type: ignore[arg-type]
 
 
-def _only_select(nodes: Any) -> int:
+def _only_select(nodes: Any) -> int | fx.Node:
     for node in nodes:
-        if node.target is aten.select.int and isinstance(node.args[2], int):
-            return node.args[2]
-        if node.target is aten.eq.Scalar and isinstance(node.args[1], int):
-            return node.args[1]
+        position = {aten.select.int: 2, aten.eq.Scalar: 1}.get(node.target)
+        if position is not None and isinstance(node.args[position], (int, fx.Node)):
+            return node.args[position]
     return 0
 
 
 def _weight(
-    chain: list[Iteration], visited: tuple[int, ...], sources: list[fx.Node], is_transposed: bool
+    chain: list[Iteration],
+    traced: tuple[Any, ...],
+    projections: list[dict[str, Any]],
+    folded: Folded | None,
 ) -> Weight:
-    """One projection of all iterations: rows of one stack selected by the expert's own id, or E tensors."""
+    """One projection of all iterations, those that are folded included."""
+    kinds = {(p["is_transposed"], "bias" in p) for p in projections}
+    if len(kinds) > 1:
+        raise Refusal(Code.EXPERT_SHAPES, "", location(chain[0].output))
+    (is_transposed, has_bias) = kinds.pop()
+    nodes, is_stacked = _tensors(chain, traced, [p["weight"] for p in projections], folded)
+    bias: tuple[fx.Node, ...] = ()
+    if has_bias:
+        bias, bias_is_stacked = _tensors(chain, traced, [p["bias"] for p in projections], folded)
+        if bias_is_stacked != is_stacked:
+            raise Refusal(
+                Code.LAYOUT, "stacked and separate weights are mixed", location(chain[0].output)
+            )
+    return Weight(nodes, is_stacked, is_transposed, bias)
+
+
+def _tensors(
+    chain: list[Iteration],
+    traced: tuple[Any, ...],
+    sources: list[fx.Node],
+    folded: Folded | None,
+) -> tuple[tuple[fx.Node, ...], bool]:
+    """Rows of one stack selected by the expert's own id (True), or E tensors (False)."""
     selected = [s.target is aten.select.int and s.args[1] == 0 for s in sources]
     if all(selected):
         stacks = {node_arg(s, 0) for s in sources}
@@ -167,14 +190,14 @@ def _weight(
             raise Refusal(
                 Code.LAYOUT, "experts come from several stacks", location(chain[0].output)
             )
-        for e, source, it in zip(visited, sources, chain, strict=True):
+        for e, source, it in zip(traced, sources, chain, strict=True):
             if source.args[2] != e:
                 raise Refusal(
                     Code.EXPERT_WEIGHTS,
                     f"weights of expert {source.args[2]} are used for expert {e}",
                     location(it.output),
                 )
-        return Weight((stacks.pop(),), is_stacked=True, is_transposed=is_transposed)
+        return (stacks.pop(),), True
     if any(selected):
         raise Refusal(
             Code.LAYOUT, "stacked and separate weights are mixed", location(chain[0].output)
@@ -182,7 +205,10 @@ def _weight(
     shapes = {(tuple(value(s).shape), value(s).dtype) for s in sources}
     if len(shapes) > 1:
         raise Refusal(Code.EXPERT_SHAPES, "", location(chain[0].output))
-    by_id = dict(zip(visited, sources, strict=True))
-    return Weight(
-        tuple(by_id[e] for e in sorted(by_id)), is_stacked=False, is_transposed=is_transposed
-    )
+    by_id = dict(zip(traced, sources, strict=True))
+    if folded is not None:
+        every = folded.weights.get(sources[0])
+        if every is None:
+            raise Refusal(Code.LAYOUT, "", location(sources[0]))
+        by_id = dict(zip(folded.ids, every, strict=True))
+    return tuple(by_id[e] for e in sorted(by_id)), False

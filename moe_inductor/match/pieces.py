@@ -1,9 +1,14 @@
 """From a reference to Inductor patterns.
 
-The reference of an experts spelling is traced with a hole in place of the expert MLP's activation.  What lies above
-the hole (the second GEMM, the routing weight, the combine) and what lies below it (the rows of each expert, the
-first GEMM) become two patterns for ``torch._inductor.pattern_matcher``.  In between, any activation may stand: it
-is recognised on its own (``activation.py``), once for all spellings.
+The reference of an experts spelling is traced with holes in place of what belongs to no spelling, and cut there into
+three patterns for ``torch._inductor.pattern_matcher``:
+
+    upper   from the block's output (the combine, the routing weight) to ``y``, what the second projection gives
+    second  from ``y`` (the second projection) to ``hidden``
+    first   from a first projection's result to the rows of each expert and to ``x``
+
+Between ``second`` and ``first`` any activation may stand: it is recognised on its own (``activation.py``), once for all
+spellings.  A projection is the same in every spelling up to its storage and its bias, so these vary by projection.
 
 Patterns are coarse on purpose: ints, floats, lists and devices are wildcards and any number of readers is accepted.
 A match only proposes; constants are compared by ``prove/`` and readers by ``rewrite/``.
@@ -30,12 +35,14 @@ from moe_inductor._compat import (
     pattern_children,
 )
 from moe_inductor.match.api import ExpertsSpelling, Linear, RouterSpelling
-from moe_inductor.region.canonical import trace
+from moe_inductor.region.canonical import Autocast, trace
 from moe_inductor.region.normalise import normalise
 
 _LIBRARY = torch.library.Library("moe_inductor_match", "DEF")
 _LIBRARY.define("hole(Tensor gate_up) -> Tensor")
+_LIBRARY.define("mark(Tensor y) -> Tensor")
 _HOLE = torch.ops.moe_inductor_match.hole.default
+_MARK = torch.ops.moe_inductor_match.mark.default
 
 
 @torch.library.register_fake("moe_inductor_match::hole", lib=_LIBRARY)
@@ -43,17 +50,22 @@ def _hole(gate_up: torch.Tensor) -> torch.Tensor:
     return gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2))
 
 
+@torch.library.register_fake("moe_inductor_match::mark", lib=_LIBRARY)
+def _mark(y: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(y)
+
+
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """What the structure of a traced reference can depend on: dtypes, device, which sizes are 1, and whether
-    weights are stored ``[.., out, in]`` or, ``is_transposed``, ``[.., in, out]``."""
+    """What the structure of a traced reference can depend on: dtypes, device, autocast, and which sizes are 1."""
 
     x_dtype: torch.dtype
-    weights_dtype: torch.dtype
+    weight_dtype: torch.dtype
+    routing_dtype: torch.dtype
     device: torch.device
     num_tokens: int
     top_k: int
-    is_transposed: bool = False
+    autocast: Autocast | None = None
     num_experts: int = 4
 
     # Any multiples of 16 bytes would do; distinct ones make dumps readable.
@@ -61,26 +73,47 @@ class Shapes:
     intermediate_size: int = 48
 
 
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """How the weight of a projection is stored, ``[.., out, in]`` or ``[.., in, out]``, and whether it has a bias."""
+
+    is_transposed: bool
+    has_bias: bool
+
+
+# Tried in this order: a transposed weight also matches where a transpose of a stored one is meant.
+PROJECTIONS = tuple(Projection(t, b) for t in (False, True) for b in (False, True))
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pieces:
-    """upper: binds topk_ids, topk_weights, hidden, down (and acc in a loop).  lower: binds x, topk_ids, gate_up."""
+    """upper: binds topk_ids, y (acc in a loop, topk_weights).  second: binds hidden, weight (bias, topk_ids).
+    first: binds x, weight (bias, topk_ids, topk_weights)."""
 
     upper: PatternExpr
-    lower: PatternExpr
-    upper_root: Any
-    lower_root: Any
+    second: PatternExpr
+    first: PatternExpr
 
 
 class _Hollow:
-    """Experts with a hole for the activation; a loop visits one of them."""
+    """Experts with holes; a loop visits one of them."""
 
-    def __init__(self, gate_up: torch.Tensor, down: torch.Tensor, shapes: Shapes) -> None:
-        if shapes.is_transposed:  # the spelling's own transpose then cancels in the normal form
-            gate_up, down = gate_up.transpose(-2, -1), down.transpose(-2, -1)
-        self.gate_up, self.down, self.num_experts = gate_up, down, shapes.num_experts
+    def __init__(
+        self,
+        weights: list[torch.Tensor],
+        biases: list[torch.Tensor],
+        projection: Projection,
+        num_experts: int,
+    ) -> None:
+        if projection.is_transposed:  # the spelling's own transpose then cancels in the normal form
+            weights = [w.transpose(-2, -1) for w in weights]
+        self.gate_up, self.down = weights
+        self.biases = biases if projection.has_bias else [None, None]
+        self.num_experts = num_experts
 
     def __call__(self, rows: torch.Tensor, linear: Linear) -> torch.Tensor:
-        return linear(_HOLE(linear(rows, self.gate_up)), self.down)
+        hidden = _HOLE(linear(rows, self.gate_up, self.biases[0]))
+        return _MARK(linear(hidden, self.down, self.biases[1]))
 
     def __iter__(self) -> Iterator[tuple[int, Callable[[torch.Tensor], torch.Tensor]]]:
         yield 0, lambda rows: self(rows, torch.nn.functional.linear)
@@ -92,24 +125,37 @@ def _fakes() -> Iterator[FakeTensorMode]:
     yield FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
 
 
-def experts_pieces(spelling: ExpertsSpelling, facts: tuple, shapes: Shapes) -> Pieces:
-    """The two patterns of ``spelling`` with ``facts`` (sorted items).  Cached: traced once per process."""
-    return _experts_pieces(spelling.name, spelling.reference, spelling.loop, facts, shapes)
+def experts_pieces(
+    spelling: ExpertsSpelling, facts: tuple, shapes: Shapes, projection: Projection
+) -> Pieces | None:
+    """The patterns of ``spelling`` with ``facts`` (sorted items), or None where the reference does not take tensors of
+    these dtypes.  Cached: traced once per process."""
+    return _experts_pieces(
+        spelling.name, spelling.reference, spelling.loop, facts, shapes, projection
+    )
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=4096)
 def _experts_pieces(
-    name: str, reference: Callable, loop: bool, facts: tuple, shapes: Shapes
-) -> Pieces:
+    name: str,
+    reference: Callable,
+    loop: bool,
+    facts: tuple,
+    shapes: Shapes,
+    projection: Projection,
+) -> Pieces | None:
     T, k, E = shapes.num_tokens, shapes.top_k, shapes.num_experts
     H, I = shapes.hidden_size, shapes.intermediate_size
     stack = () if loop else (E,)
     matrices = [(2 * I, H), (H, I)]
-    if shapes.is_transposed:
+    if projection.is_transposed:
         matrices = [(inner, outer) for outer, inner in matrices]
+    vectors = [(2 * I,), (H,)]
 
-    def run(x, topk_ids, topk_weights, gate_up, down):
-        return reference(x, topk_ids, topk_weights, _Hollow(gate_up, down, shapes), **dict(facts))
+    def run(x, topk_ids, topk_weights, gate_up, down, gate_up_bias, down_bias):
+        biases = [gate_up_bias, down_bias]
+        experts = _Hollow([gate_up, down], biases, projection, shapes.num_experts)
+        return reference(x, topk_ids, topk_weights, experts, **dict(facts))
 
     with _fakes() as fake_mode:
         with fake_mode:
@@ -117,24 +163,44 @@ def _experts_pieces(
             args = [
                 torch.empty(T, H, dtype=shapes.x_dtype, device=device),
                 torch.empty(T, k, dtype=torch.int64, device=device),
-                torch.empty(T, k, dtype=shapes.weights_dtype, device=device),
-                *(torch.empty(*stack, *m, dtype=shapes.x_dtype, device=device) for m in matrices),
+                torch.empty(T, k, dtype=shapes.routing_dtype, device=device),
+                *(
+                    torch.empty(*stack, *m, dtype=shapes.weight_dtype, device=device)
+                    for m in (*matrices, *vectors)
+                ),
             ]
-        graph, _ = normalise(trace(run, args, fake_mode).graph)
-    names = ["x", "topk_ids", "topk_weights", "gate_up", "down"]
-    holders = dict(zip((n for n in graph.nodes if n.op == "placeholder"), names, strict=True))
+        try:
+            traced = trace(run, args, fake_mode, shapes.autocast)
+        except RuntimeError:  # GEMMs of two dtypes
+            return None
+        graph, _ = normalise(traced.graph)
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    x, topk_ids, topk_weights, gate_up, down, gate_up_bias, down_bias = placeholders
+    routing = {x: "x", topk_ids: "topk_ids", topk_weights: "topk_weights"}
     (output,) = (n for n in graph.nodes if n.op == "output")
     (hole,) = (n for n in graph.nodes if n.target is _HOLE)
+    (mark,) = (n for n in graph.nodes if n.target is _MARK)
     root = output.args[0]
-    cuts = {**holders, hole: "hidden"}
+    cuts = {**routing, mark: "y"}
     if loop:
-        cuts[_start_of_sum(root, hole)] = "acc"
-    upper = _pattern(root, cuts)
-    lower = _pattern(hole.args[0], holders)
-    return Pieces(upper, lower, root.target, hole.args[0].target)
+        cuts[_start_of_sum(root, mark)] = "acc"
+    return Pieces(
+        upper=_pattern(root, cuts),
+        second=_pattern(
+            unviewed(mark.args[0]), {**routing, hole: "hidden", down: "weight", down_bias: "bias"}
+        ),
+        first=_pattern(
+            unviewed(hole.args[0]), {**routing, gate_up: "weight", gate_up_bias: "bias"}
+        ),
+    )
 
 
-def _start_of_sum(root: fx.Node, hole: fx.Node) -> fx.Node:
+def unviewed(node: Any) -> fx.Node:
+    """A projection's result before a view of it: in the normal form, that is one with the view that follows."""
+    return node.args[0] if node.target is torch.ops.aten.view.default else node
+
+
+def _start_of_sum(root: fx.Node, mark: fx.Node) -> fx.Node:
     """The zeros that a loop's sum starts from: the fill nearest to the root that has the root's shape."""
     todo, seen = [root], set()
     while todo:
@@ -145,7 +211,7 @@ def _start_of_sum(root: fx.Node, hole: fx.Node) -> fx.Node:
         ):
             return node
         for arg in node.all_input_nodes:
-            if arg not in seen and arg is not hole:
+            if arg not in seen and arg is not mark:
                 seen.add(arg)
                 todo.append(arg)
     raise ValueError("a loop spelling must add its experts up into a tensor of zeros")
@@ -160,7 +226,7 @@ def _router_piece(reference: Callable, facts: tuple, shapes: Shapes) -> tuple[Pa
         with fake_mode:
             size = (shapes.num_tokens, shapes.num_experts)
             args = [torch.empty(size, dtype=shapes.x_dtype, device=shapes.device)]
-        graph, _ = normalise(trace(run, args, fake_mode).graph)
+        graph, _ = normalise(trace(run, args, fake_mode, shapes.autocast).graph)
     (holder,) = (n for n in graph.nodes if n.op == "placeholder")
     (output,) = (n for n in graph.nodes if n.op == "output")
     return _pattern(output.args[0], {holder: "router_logits"}), output.args[0].target

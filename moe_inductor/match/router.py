@@ -27,10 +27,12 @@ def propose_routers(
         for facts, dtype in itertools.product(combinations(spelling.facts), _floats(canonical)):
             shapes = Shapes(
                 x_dtype=dtype,
-                weights_dtype=value(weights).dtype,
+                weight_dtype=dtype,
+                routing_dtype=value(weights).dtype,
                 device=value(weights).device,
                 num_tokens=1 if isinstance(tokens, int) and tokens == 1 else 7,
                 top_k=1 if bound.moe.top_k == 1 else 2,
+                autocast=canonical.router_autocast,
             )
             pattern, root = router_piece(spelling, tuple(sorted(facts.items())), shapes)
             if weights.target is not root:

@@ -14,20 +14,54 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ACTIVATIONS = ("silu",)
+from moe_inductor.unit import Unit, parse
+
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ID_DTYPES = (torch.int64, torch.int32)
 
 
+class Call(NamedTuple):
+    """One call of ``fused_experts``: its arguments in the order of the schema."""
+
+    hidden_states: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+    gate_up_proj: Sequence[Tensor]
+    up_proj: Sequence[Tensor]
+    down_proj: Sequence[Tensor]
+    activation: str
+    out_dtype: torch.dtype
+    gate_up_bias: Sequence[Tensor] = ()
+    up_bias: Sequence[Tensor] = ()
+    down_bias: Sequence[Tensor] = ()
+    interleaved: bool = False
+    weight_on_input: bool = False
+
+    @property
+    def weights(self) -> dict[str, Sequence[Tensor]]:
+        return {
+            "gate_up_proj": self.gate_up_proj,
+            "up_proj": self.up_proj,
+            "down_proj": self.down_proj,
+        }
+
+    @property
+    def biases(self) -> dict[str, Sequence[Tensor]]:
+        return {
+            "gate_up_bias": self.gate_up_bias,
+            "up_bias": self.up_bias,
+            "down_bias": self.down_bias,
+        }
+
+
 class Sizes(NamedTuple):
-    """Sizes of the experts.  ``inner_rows`` is 2I for concatenated gate and up, I otherwise."""
+    """Sizes of the experts.  ``inner_rows`` is 2I where gate and up are one weight, I otherwise."""
 
     num_experts: int
     hidden_size: int
     intermediate_size: int
     inner_rows: int
     stacked: bool
-    concatenated: bool
 
 
 def _shape(tensor: Tensor) -> str:
@@ -41,26 +75,19 @@ def _shapes(tensors: Sequence[Tensor]) -> str:
     return _shape(tensors[0]) + more
 
 
-def check_experts_metadata(
-    hidden_states: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    gate_up_proj: Sequence[Tensor],
-    up_proj: Sequence[Tensor],
-    down_proj: Sequence[Tensor],
-    activation: str,
-    out_dtype: torch.dtype,
-) -> None:
-    """Ranks, dtypes, devices, list lengths.  Reads no size, so it adds no guard.
+def check_experts_metadata(call: Call) -> Unit:
+    """Ranks, dtypes, devices, list lengths.  Reads no size, so it adds no guard.  Returns the activation.
 
     Raises:
         ValueError: wrong rank, wrong number of weights, unknown activation, tensors on several devices.
         TypeError: a dtype that the op does not take.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"fused_experts: activation must be one of {ACTIVATIONS}, got {activation!r}"
-        )
+    try:
+        unit = parse(call.activation)
+    except ValueError as error:
+        raise ValueError(f"fused_experts: activation: {error}") from error
+    hidden_states, topk_ids, topk_weights = call[:3]
+    gate_up_proj, up_proj, down_proj = call.weights.values()
     if hidden_states.dim() != 2:
         raise ValueError(
             f"fused_experts: hidden_states must be [T, H], got {_shape(hidden_states)}"
@@ -80,6 +107,19 @@ def check_experts_metadata(
             "fused_experts: one weight per expert and projection, or one stacked weight per projection; got "
             f"{len(gate_up_proj)} gate_up_proj, {len(up_proj)} up_proj, {len(down_proj)} down_proj"
         )
+    if (up_proj or call.interleaved) and not unit.gated:
+        raise ValueError(
+            f"fused_experts: activation {unit.text} has no gate, but there are gate and up"
+        )
+    if up_proj and call.interleaved:
+        raise ValueError("fused_experts: gate and up are interleaved, but there is an up_proj")
+    for (name, bias), weight in zip(call.biases.items(), call.weights.values(), strict=True):
+        if len(bias) not in (0, len(weight)):
+            raise ValueError(
+                f"fused_experts: {len(bias)} {name} for {len(weight)} weights of that projection"
+            )
+    if len(up_proj) and len(call.up_bias) != len(call.gate_up_bias):
+        raise ValueError("fused_experts: gate_up_bias and up_bias come together")
     rank = gate_up_proj[0].dim()
     if rank not in (2, 3) or (rank == 3 and len(gate_up_proj) != 1):
         raise ValueError(
@@ -98,73 +138,75 @@ def check_experts_metadata(
         )
     if topk_ids.dtype not in ID_DTYPES:
         raise TypeError(f"fused_experts: topk_ids must be int64 or int32, got {topk_ids.dtype}")
-    if topk_weights.dtype not in FLOAT_DTYPES or out_dtype not in FLOAT_DTYPES:
+    if topk_weights.dtype not in FLOAT_DTYPES or call.out_dtype not in FLOAT_DTYPES:
         raise TypeError(
             "fused_experts: topk_weights and out_dtype must be fp16, bf16, fp32 or fp64, got "
-            f"{topk_weights.dtype} and {out_dtype}"
+            f"{topk_weights.dtype} and {call.out_dtype}"
         )
     device = hidden_states.device
-    for name, weights in (
-        ("gate_up_proj", gate_up_proj),
-        ("up_proj", up_proj),
-        ("down_proj", down_proj),
-    ):
-        for weight in weights[:1]:
-            if weight.dtype != dtype:
+    for name, tensors in (call.weights | call.biases).items():
+        for tensor in tensors[:1]:
+            if tensor.dtype != dtype:
                 raise TypeError(
-                    f"fused_experts: {name} is {weight.dtype} and hidden_states is {dtype}; they must agree"
+                    f"fused_experts: {name} is {tensor.dtype} and hidden_states is {dtype}; they must agree"
                 )
-            if weight.device != device:
+            if tensor.device != device:
                 raise ValueError(
-                    f"fused_experts: {name} is on {weight.device}, hidden_states on {device}"
+                    f"fused_experts: {name} is on {tensor.device}, hidden_states on {device}"
+                )
+            if name.endswith("bias") and tensor.dim() != rank - 1:
+                raise ValueError(
+                    f"fused_experts: {name} is {_shape(tensor)}, which does not fit weights "
+                    f"{_shapes(gate_up_proj)}"
                 )
     if topk_ids.device != device or topk_weights.device != device:
         raise ValueError(
             f"fused_experts: topk_ids on {topk_ids.device} and topk_weights on {topk_weights.device}, "
             f"hidden_states on {device}"
         )
+    return unit
 
 
-def check_experts_sizes(
-    hidden_states: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    gate_up_proj: Sequence[Tensor],
-    up_proj: Sequence[Tensor],
-    down_proj: Sequence[Tensor],
-) -> Sizes:
+def check_experts_sizes(call: Call, unit: Unit) -> Sizes:
     """Sizes against each other.  Needs metadata that already passed ``check_experts_metadata``.
 
     Raises:
         ValueError: sizes that do not fit, with all shapes in the text.
     """
+    hidden_states, topk_ids, topk_weights = call[:3]
+    gate_up_proj, up_proj, down_proj = call.weights.values()
     first, down = gate_up_proj[0], down_proj[0]
     stacked = first.dim() == 3
     num_experts = first.shape[0] if stacked else len(gate_up_proj)
     inner_rows, hidden_size = first.shape[-2:]
-    concatenated = not up_proj
-    intermediate_size = inner_rows // 2 if concatenated else inner_rows
+    double = unit.gated and not up_proj
+    intermediate_size = inner_rows // 2 if double else inner_rows
     good = (
         topk_ids.shape == topk_weights.shape
         and topk_ids.shape[0] == hidden_states.shape[0]
         and hidden_states.shape[1] == hidden_size
         and tuple(down.shape[-2:]) == (hidden_size, intermediate_size)
-        and (not concatenated or inner_rows % 2 == 0)
-        and (concatenated or up_proj[0].shape == first.shape)
+        and (not double or inner_rows % 2 == 0)
+        and (not up_proj or up_proj[0].shape == first.shape)
         and (not stacked or down.shape[0] == num_experts)
     )
     if not good:
-        inner = "[2I, H]" if concatenated else "[I, H]"
+        inner = "[2I, H]" if double else "[I, H]"
         raise ValueError(
             "fused_experts: sizes do not fit.  Wanted hidden_states [T, H], topk_ids and topk_weights [T, k], "
             f"gate_up_proj {inner}, down_proj [H, I], each with E in front when stacked; got hidden_states "
             f"{_shape(hidden_states)}, topk_ids {_shape(topk_ids)}, topk_weights {_shape(topk_weights)}, "
             f"gate_up_proj {_shapes(gate_up_proj)}, up_proj {_shapes(up_proj)}, down_proj {_shapes(down_proj)}"
         )
-    return Sizes(num_experts, hidden_size, intermediate_size, inner_rows, stacked, concatenated)
+    for (name, bias), weight in zip(call.biases.items(), call.weights.values(), strict=True):
+        if bias and bias[0].shape != weight[0].shape[:-1]:
+            raise ValueError(
+                f"fused_experts: {name} is {_shapes(bias)}, its weight {_shapes(weight)}"
+            )
+    return Sizes(num_experts, hidden_size, intermediate_size, inner_rows, stacked)
 
 
-def check_expert(expert: int, name: str, weight: Tensor, wanted: tuple[int, int]) -> None:
+def check_expert(expert: int, name: str, weight: Tensor, wanted: tuple[int, ...]) -> None:
     """One entry of a per-expert list against the first one.
 
     Raises:

@@ -15,18 +15,21 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from moe_inductor.ops.check import (
+    Call,
     Sizes,
     check_expert,
     check_experts_metadata,
     check_experts_sizes,
     check_routing,
 )
+from moe_inductor.unit import Unit
 
 # Up to this many (token, expert) pairs are grouped by Python, which then beats three calls into ATen.
 _FEW_SLOTS = 128
@@ -54,46 +57,33 @@ def topk_routing(
     return weights.to(weights_dtype), ids
 
 
-def fused_experts(
-    hidden_states: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    gate_up_proj: Sequence[Tensor],
-    up_proj: Sequence[Tensor],
-    down_proj: Sequence[Tensor],
-    activation: str,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def fused_experts(*args: Any) -> Tensor:
     """See ``moe_inductor.ops.fused_experts``."""
-    check_experts_metadata(
-        hidden_states,
-        topk_ids,
-        topk_weights,
-        gate_up_proj,
-        up_proj,
-        down_proj,
-        activation,
-        out_dtype,
-    )
-    sizes = check_experts_sizes(
-        hidden_states, topk_ids, topk_weights, gate_up_proj, up_proj, down_proj
-    )
+    call = Call(*args)
+    unit = check_experts_metadata(call)
+    sizes = check_experts_sizes(call, unit)
+    hidden_states, topk_ids, topk_weights = call[:3]
     tokens, k = topk_ids.shape
     slots = tokens * k
     if slots == 0:
-        return hidden_states.new_zeros(hidden_states.shape, dtype=out_dtype)
+        return hidden_states.new_zeros(hidden_states.shape, dtype=call.out_dtype)
 
     groups, tokens_of_rows, row_of_slot = _group(topk_ids, sizes.num_experts)
     used = groups[-1][2] if groups else 0
     one = tokens == 1
     rows = hidden_states.expand(used, -1) if one else hidden_states.index_select(0, tokens_of_rows)
-    result = _experts(rows, slots, groups, gate_up_proj, up_proj, down_proj, sizes)
+    if call.weight_on_input:
+        flat = topk_weights.reshape(-1)
+        scales = torch.empty_like(flat).index_copy_(0, row_of_slot, flat)[:used]
+        rows = (rows * scales.unsqueeze(-1)).to(rows.dtype)
+        topk_weights = torch.ones_like(topk_weights)
+    result = _experts(call, unit, sizes, rows, slots, groups)
     if used < slots:
         # Slots whose id is outside 0..E-1: nothing may reach the sum, not even NaN times zero.
         result[used:].zero_()
         invalid = (topk_ids < 0) | (topk_ids >= sizes.num_experts)
         topk_weights = topk_weights.masked_fill(invalid, 0)
-    return _combine(result, row_of_slot, topk_weights, out_dtype)
+    return _combine(result, row_of_slot, topk_weights, call.out_dtype)
 
 
 def _group(topk_ids: Tensor, num_experts: int) -> tuple[list[_Group], Tensor, Tensor]:
@@ -138,30 +128,24 @@ def _group(topk_ids: Tensor, num_experts: int) -> tuple[list[_Group], Tensor, Te
 
 
 def _experts(
-    rows: Tensor,
-    slots: int,
-    groups: list[_Group],
-    gate_up_proj: Sequence[Tensor],
-    up_proj: Sequence[Tensor],
-    down_proj: Sequence[Tensor],
-    sizes: Sizes,
+    call: Call, unit: Unit, sizes: Sizes, rows: Tensor, slots: int, groups: list[_Group]
 ) -> Tensor:
-    """``down_e(silu(gate_e row) * up_e row)`` for every row of every group, as [slots, H].
+    """``down_e(unit(gate_e row, up_e row))`` for every row of every group, as [slots, H].
 
     Rows after the last group are not written.
     """
-    width = sizes.intermediate_size
-    blocks = _blocks(groups, 2 * width)
-    weights = (*gate_up_proj, *up_proj, *down_proj)
-    grouped = len(groups) >= _MANY_EXPERTS and _grouped_mm_takes(rows, weights)
+    hidden, width = sizes.hidden_size, sizes.intermediate_size
+    wide = (2 if unit.gated else 1) * width
+    blocks = _blocks(groups, wide)
+    weights = [weight for weights in call.weights.values() for weight in weights]
+    biased = bool(call.gate_up_bias or call.down_bias)
+    grouped = len(groups) >= _MANY_EXPERTS and not biased and _grouped_mm_takes(rows, weights)
     if grouped and len(blocks) == 1 and rows.shape[0] == slots:
-        return _grouped_block(rows, groups, gate_up_proj, up_proj, down_proj)
+        return _grouped_block(call, unit, rows, groups)
 
-    inner_shape = (sizes.inner_rows, sizes.hidden_size)
-    linear = _linears_fp32 if rows.dtype == torch.float32 else _linears
-    result = rows.new_empty((slots, sizes.hidden_size))
+    result = rows.new_empty((slots, hidden))
     scratch_rows = max((groups[b - 1][2] - groups[a][1] for a, b in blocks), default=0)
-    scratch = rows.new_empty((scratch_rows, 2 * width))
+    scratch = rows.new_empty((scratch_rows, wide))
     products = rows.new_empty((scratch_rows, width))
     for first, end in blocks:
         block = groups[first:end]
@@ -171,19 +155,54 @@ def _experts(
         counts = [group[2] - group[1] for group in block]
         x = rows[start:stop].split_with_sizes(counts)
         both = scratch[: stop - start]
-        gate, upper = both[:, :width], both[:, width:]
-        gate_up = _used(gate_up_proj, "gate_up_proj", block, inner_shape)
-        if not up_proj:
-            linear(x, gate_up, both.split_with_sizes(counts))
+        gate, up = _halves(both, unit, call.interleaved)
+
+        if call.up_proj:
+            assert up is not None
+            _project(call, "gate_up", block, x, gate, (width, hidden))
+            _project(call, "up", block, x, up, (width, hidden))
         else:
-            linear(x, gate_up, gate.split_with_sizes(counts))
-            linear(x, _used(up_proj, "up_proj", block, inner_shape), upper.split_with_sizes(counts))
+            _project(call, "gate_up", block, x, both, (sizes.inner_rows, hidden))
         # Into its own rows: oneDNN is slower on the strided half of a wider buffer.
-        inner = torch.mul(F.silu(gate, inplace=True), upper, out=products[: stop - start])
-        down = _used(down_proj, "down_proj", block, (sizes.hidden_size, width))
-        outs = result[start:stop].split_with_sizes(counts)
-        linear(inner.split_with_sizes(counts), down, outs)
+        inner = unit.into(gate, up, products[: stop - start])
+        hs = inner.split_with_sizes(counts)
+        _project(call, "down", block, hs, result[start:stop], (hidden, width))
     return result
+
+
+def _project(
+    call: Call,
+    name: str,
+    block: list[_Group],
+    inputs: Sequence[Tensor],
+    out: Tensor,
+    shape: tuple[int, int],
+) -> None:
+    """One projection of a block of experts, written to the rows of ``out``."""
+    linear = _linears_fp32 if out.dtype == torch.float32 else _linears
+    outs = out.split_with_sizes([x.shape[0] for x in inputs])
+    linear(inputs, _used(call.weights[f"{name}_proj"], f"{name}_proj", block, shape), outs)
+    biases = call.biases[f"{name}_bias"]
+    if biases:
+        for each, (expert, _, _) in zip(outs, block, strict=True):
+            each += _bias(biases, f"{name}_bias", expert, shape[0])
+
+
+def _halves(both: Tensor, unit: Unit, interleaved: bool) -> tuple[Tensor, Tensor | None]:
+    """Gate and up columns of a first projection's result."""
+    if not unit.gated:
+        return both, None
+    if interleaved:
+        return both[:, ::2], both[:, 1::2]
+    width = both.shape[1] // 2
+    return both[:, :width], both[:, width:]
+
+
+def _bias(biases: Sequence[Tensor], name: str, expert: int, width: int) -> Tensor:
+    if biases[0].dim() == 2:
+        return biases[0][expert]
+    check_expert(expert, name, biases[expert], (width,))
+    return biases[expert]
 
 
 def _grouped_mm_takes(rows: Tensor, weights: Sequence[Tensor]) -> bool:
@@ -198,25 +217,19 @@ def _grouped_mm_takes(rows: Tensor, weights: Sequence[Tensor]) -> bool:
     )
 
 
-def _grouped_block(
-    rows: Tensor,
-    groups: list[_Group],
-    gate_up_proj: Sequence[Tensor],
-    up_proj: Sequence[Tensor],
-    down_proj: Sequence[Tensor],
-) -> Tensor:
+def _grouped_block(call: Call, unit: Unit, rows: Tensor, groups: list[_Group]) -> Tensor:
     """The same products as the loop over experts makes, with that loop in C++."""
-    ends = [0] * gate_up_proj[0].shape[0]
+    ends = [0] * call.gate_up_proj[0].shape[0]
     for expert, first, end in groups:
         ends[expert] = end - first
     offsets = torch.tensor(list(itertools.accumulate(ends)), dtype=torch.int32)
-    gate = F.grouped_mm(rows, gate_up_proj[0].mT, offs=offsets)
-    if up_proj:
-        upper = F.grouped_mm(rows, up_proj[0].mT, offs=offsets)
+    gate = F.grouped_mm(rows, call.gate_up_proj[0].mT, offs=offsets)
+    if call.up_proj:
+        up: Tensor | None = F.grouped_mm(rows, call.up_proj[0].mT, offs=offsets)
     else:
-        gate, upper = gate.chunk(2, -1)
-    inner = F.silu(gate, inplace=True) * upper
-    return F.grouped_mm(inner, down_proj[0].mT, offs=offsets)
+        gate, up = _halves(gate, unit, call.interleaved)
+    inner = unit.into(gate, up, torch.empty_like(gate, memory_format=torch.contiguous_format))
+    return F.grouped_mm(inner, call.down_proj[0].mT, offs=offsets)
 
 
 def _used(

@@ -14,13 +14,13 @@ import torch
 
 from moe_inductor.kernels.align import align
 from moe_inductor.kernels.combine import combine
-from moe_inductor.kernels.common import ACTIVATIONS
 from moe_inductor.kernels.configs import DecodePlan, GroupedPlan, Plan, Problem, choose_plan
 from moe_inductor.kernels.decode import decode_down, decode_gate_up
 from moe_inductor.kernels.down import down
 from moe_inductor.kernels.gate_up import gate_up
 from moe_inductor.kernels.routing import topk_routing as _topk_routing
 from moe_inductor.kernels.weights import Projection
+from moe_inductor.unit import Unit, parse
 
 Weights = Sequence[torch.Tensor]
 
@@ -44,20 +44,26 @@ def fused_experts(
     down_proj: Weights,
     activation: str,
     out_dtype: torch.dtype,
+    gate_up_bias: Weights = (),
+    up_bias: Weights = (),
+    down_bias: Weights = (),
+    interleaved: bool = False,
+    weight_on_input: bool = False,
 ) -> torch.Tensor:
-    """``y[t] = sum_j topk_weights[t, j] * down_e(act(gate_e x) * up_e x)``, ``e = topk_ids[t, j]``.
+    """``y[t] = sum_j topk_weights[t, j] * down_e(unit(gate_e x, up_e x))``, ``e = topk_ids[t, j]``.
 
     Weights are a single ``[E, out, in]`` tensor or E ``[out, in]`` tensors, any strides; ``up_proj`` is empty
-    when ``gate_up_proj`` holds gate and up rows concatenated.  Ids outside [0, E) contribute nothing.
+    when ``gate_up_proj`` holds gate and up rows, or when there is no gate.  Ids outside [0, E) contribute nothing.
     """
-    if activation not in ACTIVATIONS:
-        raise NotImplementedError(f"activation {activation!r}")
+    unit = parse(activation)
+    if torch.float64 in unit.casts:
+        raise NotImplementedError(f"activation {unit.text}: no fp64 on a GPU")
     if hidden_states.dtype not in DTYPES:
         raise NotImplementedError(f"dtype {hidden_states.dtype}")
     with _on_device_of(hidden_states):
-        gate = Projection.of(gate_up_proj)
-        up = Projection.of(up_proj) if up_proj else None
-        down_ = Projection.of(down_proj)
+        gate = Projection.of(gate_up_proj, gate_up_bias, interleaved)
+        up = Projection.of(up_proj, up_bias) if up_proj else None
+        down_ = Projection.of(down_proj, down_bias)
         for projection in (gate, up or gate, down_):
             if projection.dtype != hidden_states.dtype:
                 raise NotImplementedError(
@@ -73,7 +79,7 @@ def fused_experts(
             dtype=hidden_states.dtype,
             capability=_capability(hidden_states.device),
             unit_stride=all(p.stride_in == 1 for p in (gate, up or gate, down_)),
-            gate_up_tma=up is None and gate.tma_ready,
+            gate_up_tma=up is None and not interleaved and gate.tma_ready,
             down_tma=down_.tma_ready,
             from_table=down_.from_table,
         )
@@ -91,8 +97,9 @@ def fused_experts(
             gate,
             up,
             down_,
-            activation,
+            unit,
             out,
+            weight_on_input,
         )
         return out
 
@@ -106,17 +113,21 @@ def run_plan(
     gate: Projection,
     up: Projection | None,
     down_: Projection,
-    activation: str,
+    unit: Unit,
     out: torch.Tensor,
+    weight_on_input: bool = False,
 ) -> None:
     """Fill ``out`` with the given plan; ``fused_experts`` after its checks.  Tests call it with every plan."""
     I = problem.I
     # Rows of h are padded to 16 elements, so that a row starts aligned whatever I is.
     stride = -(-I // 16) * 16
+    before, after = (topk_weights, None) if weight_on_input else (None, topk_weights)
     if isinstance(plan, DecodePlan):
         intermediate = hidden_states.new_empty((problem.slots, stride))
-        decode_gate_up(hidden_states, gate, up, topk_ids, activation, intermediate, I, plan.gate_up)
-        decode_down(intermediate, I, down_, topk_weights, topk_ids, out, plan.down)
+        decode_gate_up(
+            hidden_states, gate, up, topk_ids, unit, intermediate, I, plan.gate_up, before
+        )
+        decode_down(intermediate, I, down_, after, topk_ids, out, plan.down)
         return
     assert isinstance(plan, GroupedPlan)
     num_programs = _num_multiprocessors(hidden_states.device)
@@ -129,13 +140,14 @@ def run_plan(
         up,
         alignment,
         problem.k,
-        activation,
+        unit,
         intermediate,
         I,
         plan.gate_up,
         num_programs,
+        before,
     )
-    down(intermediate, I, down_, topk_weights, alignment, slot_outputs, plan.down, num_programs)
+    down(intermediate, I, down_, after, alignment, slot_outputs, plan.down, num_programs)
     combine(slot_outputs, topk_ids, out, problem.E)
 
 

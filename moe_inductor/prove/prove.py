@@ -17,16 +17,17 @@ from torch import fx
 
 from moe_inductor.match.bind import Bound, BoundRouter
 from moe_inductor.prove.expressions import Numbering, describe
-from moe_inductor.prove.reference import DescribedExperts
+from moe_inductor.prove.reference import DescribedExperts, Projection
 from moe_inductor.reasons import Code, Refusal
-from moe_inductor.region.canonical import Canonical, trace
+from moe_inductor.region.canonical import Autocast, Canonical, trace
 from moe_inductor.region.nodes import value
 from moe_inductor.region.normalise import normalise
 
 
 def prove_experts(canonical: Canonical, bound: Bound) -> None:
     """``bound.output`` equals the reference of its spelling.  Raises Refusal(PROOF) with the first difference."""
-    _same(canonical, [bound.output], bound.inputs(), reference_of(bound), Code.PROOF)
+    inputs = [*bound.inputs(), *bound.index]
+    _same(canonical, [bound.output], inputs, reference_of(bound), canonical.autocast, Code.PROOF)
 
 
 def prove_router(canonical: Canonical, bound: Bound, router: BoundRouter) -> None:
@@ -36,21 +37,31 @@ def prove_router(canonical: Canonical, bound: Bound, router: BoundRouter) -> Non
         return router.spelling.reference(router_logits, bound.moe.top_k, **router.facts)
 
     outputs = [bound.topk_weights, bound.topk_ids]
-    _same(canonical, outputs, [router.logits], reference, Code.ROUTER)
+    autocast = canonical.router_autocast
+    _same(canonical, outputs, [router.logits], reference, autocast, Code.ROUTER)
 
 
 def reference_of(bound: Bound) -> Callable[..., torch.Tensor]:
-    """The spelling's reference as a function of ``bound.inputs()``."""
+    """The spelling's reference as a function of ``bound.inputs()`` and ``bound.index``."""
     moe = bound.moe
-    counts = [len(bound.gate_up.nodes), len(bound.up.nodes) if bound.up else 0]
 
     def reference(
-        x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, *weights: torch.Tensor
+        x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, *weights: Any
     ) -> torch.Tensor:
-        gate_up = weights[: counts[0]]
-        up = weights[counts[0] : sum(counts)]
-        down = weights[sum(counts) :]
-        experts = DescribedExperts(moe, gate_up, up, down, bound.visited[: bound.traced])
+        left: list[Any] = list(weights)
+
+        def take(nodes: Sequence[fx.Node]) -> list[torch.Tensor]:
+            taken, left[:] = left[: len(nodes)], left[len(nodes) :]
+            return taken
+
+        gate_up, up, down = (
+            Projection(take(w.nodes), take(w.bias), w.is_stacked, w.is_transposed) if w else None
+            for w in bound.projections
+        )
+        assert gate_up is not None
+        assert down is not None
+        # What is left is the symbolic index, if there is one.
+        experts = DescribedExperts(moe, gate_up, up, down, left or bound.traced)
         return bound.spelling.reference(
             x.reshape(-1, moe.experts.hidden_size),
             topk_ids.reshape(-1, moe.top_k),
@@ -67,11 +78,13 @@ def _same(
     outputs: Sequence[fx.Node],
     inputs: Sequence[fx.Node],
     reference: Callable[..., Any],
+    autocast: Autocast | None,
     code: Code,
 ) -> None:
     where = canonical.source_of(outputs[0])
     try:
-        traced = trace(reference, [value(n) for n in inputs], canonical.fake_mode)
+        values = [value(n) for n in inputs]
+        traced = trace(reference, values, canonical.fake_mode, autocast)
     except Exception as error:
         text = str(error).strip().splitlines()
         raise Refusal(

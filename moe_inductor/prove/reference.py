@@ -2,66 +2,82 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from moe_inductor.description import MoE
 from moe_inductor.match.api import Linear
+from moe_inductor.unit import parse
 
-ACTIVATION_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu}
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """Tensors of one projection, one stacked or E, as stored; no biases where it has none."""
+
+    weights: Sequence[torch.Tensor]
+    biases: Sequence[torch.Tensor]
+    is_stacked: bool
+    is_transposed: bool
+
+    def whole(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self._stored(self.weights[0]), self.biases[0] if self.biases else None
+
+    def of(self, expert: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        def pick(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+            if not tensors:
+                return None
+            return tensors[0].select(0, expert) if self.is_stacked else tensors[expert]
+
+        weight = pick(self.weights)
+        assert weight is not None
+        return self._stored(weight), pick(self.biases)
+
+    def _stored(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.transpose(-2, -1) if self.is_transposed else weight
 
 
 class DescribedExperts:
     """``match.api.Experts`` for a description and its weights.
 
-    gate_up, up, down: one stacked tensor or E tensors each, as stored (``is_transposed`` is applied here);
-    up is empty when gate and up are concatenated.  visited: expert ids in the order of the loop.
+    up: None where the first projection is one GEMM.  visited: expert ids in the order of the loop, symbolic or not.
     """
 
     def __init__(
         self,
         moe: MoE,
-        gate_up: Sequence[torch.Tensor],
-        up: Sequence[torch.Tensor],
-        down: Sequence[torch.Tensor],
-        visited: Sequence[int],
+        gate_up: Projection,
+        up: Projection | None,
+        down: Projection,
+        visited: Sequence[Any],
     ) -> None:
-        self.moe, self.gate_up, self.up, self.down, self.visited = moe, gate_up, up, down, visited
+        self.moe, self.visited = moe, visited
+        self.projections = [p for p in (gate_up, up, down) if p is not None]
         self.num_experts = moe.experts.num_experts
 
     def __call__(self, rows: torch.Tensor, linear: Linear) -> torch.Tensor:
-        return self._mlp(
-            rows, linear, *((w[0] if w else None) for w in (self.gate_up, self.up, self.down))
-        )
+        return self._mlp(rows, linear, *(p.whole() for p in self.projections))
 
     def __iter__(self) -> Iterator[tuple[int, Callable[[torch.Tensor], torch.Tensor]]]:
         for e in self.visited:
-            weights = [self._expert(w, e) for w in (self.gate_up, self.up, self.down)]
+            weights = [p.of(e) for p in self.projections]
             yield e, lambda rows, weights=weights: self._mlp(rows, F.linear, *weights)
-
-    def _expert(self, weight: Sequence[torch.Tensor], e: int) -> torch.Tensor | None:
-        if not weight:
-            return None
-        return weight[0][e] if self.moe.experts.storage == "stacked" else weight[e]
 
     def _mlp(
         self,
         rows: torch.Tensor,
         linear: Linear,
-        gate_up: torch.Tensor | None,
-        up: torch.Tensor | None,
-        down: torch.Tensor | None,
+        *weights: tuple[torch.Tensor, torch.Tensor | None],
     ) -> torch.Tensor:
-        activation = ACTIVATION_FUNCTIONS[self.moe.experts.activation]
-        assert gate_up is not None
-        assert down is not None
-        if up is None:
-            gate, linear_up = linear(rows, self._stored(gate_up)).chunk(2, dim=-1)
-        else:
-            gate, linear_up = linear(rows, self._stored(gate_up)), linear(rows, self._stored(up))
-        return linear(activation(gate) * linear_up, self._stored(down))
-
-    def _stored(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.transpose(-2, -1) if self.moe.experts.is_transposed else weight
+        *first, down = weights
+        results = [linear(rows, *weight) for weight in first]
+        unit, layout = parse(self.moe.experts.activation), self.moe.experts.layout
+        gate, up = results[0], results[-1]
+        if layout == "concatenated":
+            gate, up = gate.chunk(2, dim=-1)
+        elif layout == "interleaved":
+            gate, up = gate[..., ::2], gate[..., 1::2]
+        return linear(unit(gate, up if unit.gated else None), *down)

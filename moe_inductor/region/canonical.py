@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -41,12 +41,22 @@ class Folded:
     weights: dict[fx.Node, tuple[fx.Node, ...]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Autocast:
+    """An active ``torch.autocast``: its casts are in the normal form, where they are written out."""
+
+    device_type: str
+    dtype: torch.dtype
+
+
 @dataclasses.dataclass(eq=False)
 class Canonical:
     """module, graph: the normal form, one placeholder per tensor input of the region; only read, never run.
     dynamo_of: for a normal-form node, the Dynamo nodes that hold its value once the region has run, inputs included.
     fake_mode: where to trace references that are to be compared with ``graph``.
     grad_enabled: grad mode of the experts.  router_refusal: why the router must stay, when it runs under another.
+    autocast, router_autocast: under what references are to be traced.  The casts of autocast are written out in
+        ``graph``, so that what the proof finds equal is equal, whatever runs under which.
     folded: what stands for passes of a loop that were not traced (``region/fold.py``).
     """
 
@@ -55,6 +65,8 @@ class Canonical:
     dynamo_of: dict[fx.Node, list[fx.Node]]
     fake_mode: FakeTensorMode
     grad_enabled: bool
+    autocast: Autocast | None
+    router_autocast: Autocast | None
     router_refusal: Refusal | None
     folded: Folded | None = None
 
@@ -77,12 +89,13 @@ class Canonical:
 def canonicalise(gm: fx.GraphModule, region: Region, folds: Fold | None = None) -> Canonical:
     """Trace ``region``, or what ``folds`` keeps of it.
 
-    Raises Refusal (MUTATION, GRAD_STATE, AUTOCAST, CANONICALISE).
+    Raises Refusal (MUTATION, GRAD_STATE, CANONICALISE).
     """
-    grad_enabled, router_refusal = _one_state(region)
+    states = _states(region)
+    grad_enabled, router_refusal = _one_grad_mode(region, states)
     _no_foreign_mutation(region)
     fake_mode = _fake_mode(region)
-    runner = _Runner(gm, region, folds)
+    runner = _Runner(gm, region, folds, states)
     try:
         traced = trace(runner, [value(n) for n in region.inputs], fake_mode)
     except Refusal:
@@ -110,18 +123,29 @@ def canonicalise(gm: fx.GraphModule, region: Region, folds: Fold | None = None) 
         inputs = {dynamo: env[raw] for dynamo, raw in holders[: len(region.inputs)]}
         of_pass = {inputs[w]: tuple(inputs[n] for n in ws) for w, ws in folds.weights.items()}
         folded = Folded(folds.ids, of_pass)
-    return Canonical(region, module, dynamo_of, fake_mode, grad_enabled, router_refusal, folded)
+    return Canonical(
+        region,
+        module,
+        dynamo_of,
+        fake_mode,
+        grad_enabled,
+        states[region.anchor].autocast,
+        states[region.root].autocast,
+        router_refusal,
+        folded,
+    )
 
 
 def trace(
     fn: Callable[..., Any],
     values: Sequence[Any],
     fake_mode: FakeTensorMode,
+    autocast: Autocast | None = None,
 ) -> fx.GraphModule:
     """``fn`` as a functional ATen graph.  values: fake tensors and sizes, of which only the metadata is used."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_autocast_off())
+        stack.enter_context(under(autocast))
         stack.enter_context(_quiet())
         stack.enter_context(fake_mode)
         if fake_mode.shape_env is not None:
@@ -142,9 +166,16 @@ def trace(
 class _Runner(fx.Interpreter):
     """Runs the region's Dynamo nodes, folded or not; returns the final value of every wanted one."""
 
-    def __init__(self, gm: fx.GraphModule, region: Region, folds: Fold | None) -> None:
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        region: Region,
+        folds: Fold | None,
+        states: dict[fx.Node, State],
+    ) -> None:
         super().__init__(gm, graph=region.graph)
         self.region = region
+        self.states = states
         self.nodes = region.nodes if folds is None else folds.nodes
         self.wanted = [n for n in self.nodes if _trackable(n)]
         self.current: fx.Node | None = None
@@ -157,7 +188,9 @@ class _Runner(fx.Interpreter):
         self.env = dict(zip(self.region.inputs, args, strict=True))
         for node in self.nodes:
             self.current = node
-            with fx_traceback.set_current_meta(node):  # ATen nodes inherit the model's source line
+            state = self.states[node]
+            # ATen nodes inherit the model's source line.
+            with fx_traceback.set_current_meta(node), under(state.autocast):
                 self.env[node] = self.run_node(node)
             if node is self.last_run and self.last is not None:
                 self.env[self.last] = self.env[node]
@@ -185,10 +218,13 @@ def _fresh(item: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _autocast_off() -> Iterator[None]:
+def under(autocast: Autocast | None) -> Iterator[None]:
+    """Exactly this autocast, whatever the caller's is.  Its cache of casts holds fake tensors of other traces."""
     with contextlib.ExitStack() as stack:
         for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
+            if autocast is not None and autocast.device_type == device:
+                stack.enter_context(torch.autocast(device, autocast.dtype, cache_enabled=False))
+            elif torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield
 
@@ -213,39 +249,58 @@ def _fake_mode(region: Region) -> FakeTensorMode:
     raise Refusal(Code.CANONICALISE, "the region has no tensor inputs", region.location)
 
 
-def _one_state(region: Region) -> tuple[bool, Refusal | None]:
-    """The experts run under one grad mode and outside autocast; returns that mode, and a refusal of the router if
-    it runs under another.
+class State(NamedTuple):
+    """Under what a node of the Dynamo graph runs."""
 
-    A value computed under ``torch.no_grad()`` inside a block that trains has no gradient; a fused one would have it.
-    """
-    members = set(region.nodes)
+    grad_enabled: bool
+    autocast: Autocast | None
+
+
+def _states(region: Region) -> dict[fx.Node, State]:
+    """The state of every node, from what is on around the graph and from the nodes that switch it."""
     grad = torch.is_grad_enabled()
-    autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
-    depth: list[bool] = []
-    router: dict[bool, fx.Node] = {}
-    experts: dict[bool, fx.Node] = {}
-    states = router
+    ambient = None
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            ambient = Autocast(device, torch.get_autocast_dtype(device))
+    entered: list[Autocast | None] = []
+    states: dict[fx.Node, State] = {}
     for node in region.graph.nodes:
         name = name_of(node)
         if name == "_set_grad_enabled":
             grad = bool(node.args[0])
         elif name == "_enter_autocast":
-            depth.append(bool(node.args[2]) if len(node.args) > 2 else True)
-        elif name == "_exit_autocast" and depth:
-            depth.pop()
-        elif node in members and is_floating(node):
-            if depth[-1] if depth else autocast:
-                raise Refusal(Code.AUTOCAST, "", location(node))
-            states.setdefault(grad, node)
-        if (
-            node is region.root
-        ):  # which belongs to the router: ids are often chosen without gradients
-            states = experts
+            entered.append(_entered(node))
+        elif name == "_exit_autocast" and entered:
+            entered.pop()
+        states[node] = State(grad, entered[-1] if entered else ambient)
+    return states
+
+
+def _entered(node: fx.Node) -> Autocast | None:
+    device, dtype, enabled, *_ = (*node.args, *(None, None, True)[len(node.args) :])
+    if not enabled:
+        return None
+    return Autocast(str(device), dtype or torch.get_autocast_dtype(str(device)))  # type: ignore[arg-type]
+
+
+def _one_grad_mode(region: Region, states: dict[fx.Node, State]) -> tuple[bool, Refusal | None]:
+    """The experts run under one grad mode; returns that mode, and a refusal of the router if it runs under another.
+
+    A value computed under ``torch.no_grad()`` inside a block that trains has no gradient; a fused one would have it.
+    """
+    position = {node: i for i, node in enumerate(region.graph.nodes)}
+    router: dict[bool, fx.Node] = {}
+    experts: dict[bool, fx.Node] = {}
+    for node in region.nodes:
+        if is_floating(node):
+            # The root belongs to the router: ids are often chosen without gradients.
+            part = router if position[node] <= position[region.root] else experts
+            part.setdefault(states[node].grad_enabled, node)
     if len(experts) > 1:
         raise Refusal(Code.GRAD_STATE, "", location(experts[False]))
     mode = next(iter(experts), True)
-    if (mode in router and len(router) == 1) or not router:
+    if not router or list(router) == [mode]:
         return mode, None
     other = router.get(not mode, region.root)
     return mode, Refusal(Code.GRAD_STATE, "the router mixes grad modes", location(other))

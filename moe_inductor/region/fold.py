@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from moe_inductor.region.find import Region
-from moe_inductor.region.nodes import mutated, name_of, value
+from moe_inductor.region.nodes import mutated, name_of, node_arg, value
 
 # The statements that add one expert's rows to the sum.
 _STEPS = frozenset({"index_add_", "index_add", "setitem", "index_put_", "index_put"})
@@ -93,7 +93,7 @@ def _passes(
 ) -> list[list[fx.Node]] | None:
     """What each step and its guards need and no other step does, in graph order."""
     order = {n: i for i, n in enumerate(steps[0].graph.nodes)}
-    sums: set[Any] = {*steps, steps[0].args[0]}
+    sums: set[Any] = set(steps) | {node_arg(steps[0], 0)}
     needed = []
     for step in steps:
         found: set[fx.Node] = set()

@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from moe_inductor._compat import FakeTensor, OpOverload
+from moe_inductor.capture.rolled import EXPERT_INDEX
 from moe_inductor.region.nodes import is_integral, node_arg, unbacked, value
 
 aten = torch.ops.aten
@@ -54,6 +55,7 @@ _ASSERTS = {
     aten.sym_constrain_range_for_size.default,
 }
 _COMMUTATIVE = {aten.add.Tensor, aten.mul.Tensor}
+_PROMOTING = {aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor, aten.div.Tensor}
 _ACTIVATIONS = {
     aten.silu.default,
     aten.gelu.default,
@@ -185,7 +187,7 @@ def _emit(out: Emitter, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
     found = value(node)
     if node.target in _ASSERTS or isinstance(found, (torch.SymBool, bool)):
         return None  # says that a size is in its bounds; the fused op has no such size
-    if isinstance(found, (int, torch.SymInt)):
+    if isinstance(found, (int, torch.SymInt)) and node.target is not EXPERT_INDEX:
         return out.size(found)
     args, kwargs = _uniform(node, lambda a: env[a])
     for apply in RULES.get(node.target, ()):
@@ -281,20 +283,19 @@ def _fill(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 
 @rule(aten.slice.Tensor)
 def _slice(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-    """slice(x, d, a, b): bounds inside the dimension, never negative; a step other than 1 stays as written"""
-    if any(step != 1 for step in args[4:]):
-        return None
-    given = list(args[1:4])
-    dim, start, end = given + [0, None, None][len(given) :]
+    """slice(x, d, a, b, step): bounds inside the dimension, never negative; no step where it is 1"""
+    given = list(args[1:])
+    dim, start, end, step = given + [0, None, None, 1][len(given) :]
     size = value(args[0]).shape[dim]
     start = 0 if start is None else start
     if isinstance(size, int):
         end = size if end is None else end
         if isinstance(start, int) and isinstance(end, int):
             start, end = (min(max(v + size if v < 0 else v, 0), size) for v in (start, end))
-    return out.slice(
-        args[0], dim % value(args[0]).dim(), start, end, value(node), node.meta.get("stack_trace")
-    )
+    dim, made, origin = dim % value(args[0]).dim(), value(node), node.meta.get("stack_trace")
+    if step == 1:
+        return out.slice(args[0], dim, start, end, made, origin)
+    return out.emit(aten.slice.Tensor, (args[0], dim, start, end, step), {}, made, origin)
 
 
 @rule(operator.getitem)
@@ -382,7 +383,7 @@ def _nonzero(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 
 
 @rule(aten.sum.dim_IntList, aten.sum.default, aten.any.default)
-def _count(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+def _count(out: Emitter, node: fx.Node, args: tuple[Any, ...], kwargs: dict) -> Any:
     """sum(permute(x, p), dims) = sum(x, p[dims]) for integers, where at most one dimension is left
     sum(x, every dimension) = sum(x);  sum(view(x)) = sum(x);  any(permute(x)) = any(view(x)) = any(x)
     sum(cast(b, int64)) = sum(b);  any(cast(b)) = any(b) for a boolean b: integers add up in any order"""
@@ -392,17 +393,17 @@ def _count(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     if made.dim() > 1 or len(args) > 2:
         return None
     rank = value(base).dim()
-    dims = sorted(range(rank) if made.dim() == 0 else (d % rank for d in args[1]))
-    while True:
-        inner = base.args[0] if base.op == "call_function" and base.args else None
-        if base.target is aten._to_copy.default and value(inner).dtype == torch.bool:
-            base = inner
-        elif base.target is aten.permute.default:
-            base, dims = inner, sorted(base.args[1][d] for d in dims)
+    dims = sorted(range(rank) if made.dim() == 0 else (d % rank for d in list(args)[1]))
+    while base.target in (aten._to_copy.default, aten.permute.default, aten.view.default):
+        inner = node_arg(base, 0)
+        if base.target is aten.permute.default:
+            order: Any = base.args[1]
+            dims = sorted(order[d] for d in dims)
         elif base.target is aten.view.default and made.dim() == 0:
-            base, dims = inner, list(range(value(inner).dim()))
-        else:
+            dims = list(range(value(inner).dim()))
+        elif base.target is not aten._to_copy.default or value(inner).dtype != torch.bool:
             break
+        base = inner
     target = aten.any.default if node.target is aten.any.default else aten.sum.default
     rest: tuple = ()
     if made.dim() == 1:
@@ -430,21 +431,51 @@ def _index(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     )
 
 
-@rule(*_COMMUTATIVE)
-def _commute(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-    """a * b = b * a, a + b = b + a: the operand that has the result's shape comes first, then an activation"""
+@rule(aten.addmm.default)
+def _bias(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """addmm(bias, x, w) = add(mm(x, w), bias)"""
+    if kwargs or len(args) != 3:
+        return None
+    bias, rows, weight = args
+    made, origin = value(node), node.meta.get("stack_trace")
+    product = out.emit(aten.mm.default, (rows, weight), {}, made, origin)
+    return out.emit(aten.add.Tensor, (product, bias), {}, made, origin)
+
+
+@rule(*_PROMOTING)
+def _promote(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """a * b = cast(a, dtype of the result) * b, and so for +, - and /, where a has another floating dtype
+    a * b = b * a, a + b = b + a: the operand that has the result's shape comes first, then an activation, then
+    what is not gathered"""
     if kwargs or len(args) != 2:
         return None
     if not all(isinstance(a, fx.Node) and isinstance(value(a), torch.Tensor) for a in args):
         return None
-    made = value(node)
-    a, b = args
+    made, origin = value(node), node.meta.get("stack_trace")
+    a, b = (_promoted(out, n, made, origin) for n in args)
     rank_a, rank_b = (
-        (not out.same_shape(value(n), made), n.target not in _ACTIVATIONS) for n in (a, b)
+        (
+            not out.same_shape(value(n), made),
+            n.target not in _ACTIVATIONS,
+            n.target is aten.index.Tensor,
+        )
+        for n in (a, b)
     )
-    if rank_b < rank_a:
-        return out.emit(node.target, (b, a), {}, made, node.meta.get("stack_trace"))
-    return None
+    if node.target in _COMMUTATIVE and rank_b < rank_a:
+        a, b = b, a
+    return out.emit(node.target, (a, b), {}, made, origin)
+
+
+def _promoted(out: Emitter, node: fx.Node, made: torch.Tensor, origin: str | None) -> fx.Node:
+    found = value(node)
+    if (
+        found.dtype == made.dtype
+        or found.dim() == 0  # a number with a dtype of its own does not promote
+        or not (found.dtype.is_floating_point and made.dtype.is_floating_point)
+    ):
+        return node
+    val = torch.empty_like(found, dtype=made.dtype)
+    return out.emit(aten._to_copy.default, (node,), {"dtype": made.dtype}, val, origin)
 
 
 def _is_one(size: Any) -> bool:

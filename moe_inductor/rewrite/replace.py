@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -83,18 +84,24 @@ class Rewriter:
 
         x, ids, weights = (inputs[n] for n in (bound.x, bound.topk_ids, bound.topk_weights))
         moe = bound.moe
+        dtype = moe.experts.compute_dtype
+
+        def each(of: Callable[[Weight], list[fx.Node]]) -> list[list[fx.Node]]:
+            return [of(w) if w is not None else [] for w in bound.projections]
+
         with self.graph.inserting_after(after):
             anchor = self.graph.call_function(_EXPERTS, ())
         with self.graph.inserting_before(anchor):
             anchor.args = (
-                self._matrix(x, moe.experts.hidden_size),
+                self._cast(self._matrix(x, moe.experts.hidden_size), dtype),
                 self._matrix(ids, moe.top_k),
                 self._matrix(weights, moe.top_k),
-                self._weights(bound.gate_up, inputs),
-                self._weights(bound.up, inputs),
-                self._weights(bound.down, inputs),
+                *each(lambda w: self._weights(w, inputs, dtype)),
                 moe.experts.activation,
                 moe.combine.out_dtype,
+                *each(lambda w: [self._cast(inputs[n], dtype) for n in w.bias]),
+                moe.experts.layout == "interleaved",
+                moe.combine.weight_on == "input",
             )
         self._finish(anchor, outputs[0])
         self._redirect(outputs, anchor, replaced)
@@ -127,7 +134,7 @@ class Rewriter:
 
     def _no_escape(self, bound: Bound, keep: set[fx.Node]) -> None:
         """Nothing that an expert computes may be read outside: it would have to be computed twice."""
-        weights = {n for w in (bound.gate_up, bound.up, bound.down) if w for n in w.nodes}
+        weights = {n for w in bound.projections if w for n in (*w.nodes, *w.bias)}
         boundary = {bound.x, bound.topk_ids, bound.topk_weights}
         inside: dict[fx.Node, bool] = {}
 
@@ -172,15 +179,25 @@ class Rewriter:
         self._finish(new, node)
         return new
 
-    def _weights(self, weight: Weight | None, inputs: dict[fx.Node, fx.Node]) -> list[fx.Node]:
+    def _weights(
+        self, weight: Weight, inputs: dict[fx.Node, fx.Node], dtype: torch.dtype
+    ) -> list[fx.Node]:
         """Logical ``[.., out, in]``; a transposed storage is passed as a view, never copied."""
-        nodes = [inputs[n] for n in weight.nodes] if weight else []
-        if weight is None or not weight.is_transposed:
+        nodes = [self._cast(inputs[n], dtype) for n in weight.nodes]
+        if not weight.is_transposed:
             return nodes
         views = [self.graph.call_method("transpose", (n, -2, -1)) for n in nodes]
         for view, node in zip(views, nodes, strict=True):
             self._finish(view, node)
         return views
+
+    def _cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        """What autocast, or the model, casts an operand of a GEMM to."""
+        if value(node).dtype == dtype:
+            return node
+        new = self.graph.call_method("to", (node, dtype))
+        self._finish(new, node)
+        return new
 
     # -- the router --------------------------------------------------------------------------------------------------
     def fuse_router(self, bound: Bound, router: BoundRouter) -> fx.Node:

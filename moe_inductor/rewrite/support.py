@@ -10,6 +10,7 @@ from moe_inductor._compat import FakeTensor
 from moe_inductor.match.bind import Bound
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.nodes import value
+from moe_inductor.unit import parse
 
 _DTYPES = {
     "cpu": {torch.float32, torch.bfloat16, torch.float16, torch.float64},
@@ -28,14 +29,10 @@ def check_support(bound: Bound, where: str) -> None:
             raise Refusal(Code.DEVICE, f"tensors on {x.device} and on {found.device}", where)
     if x.device.type not in _DTYPES:
         raise Refusal(Code.DEVICE, f"device {x.device.type} is not supported", where)
-    if x.dtype not in _DTYPES[x.device.type]:
-        raise Refusal(Code.DTYPE, f"{x.dtype} on {x.device.type} is not supported", where)
-    if bound.moe.experts.weight_dtype != x.dtype:
-        raise Refusal(
-            Code.DTYPE,
-            f"hidden states are {x.dtype}, expert weights {bound.moe.experts.weight_dtype}",
-            where,
-        )
+    experts = bound.moe.experts
+    for dtype in (experts.compute_dtype, *parse(experts.activation).casts):
+        if dtype not in _DTYPES[x.device.type]:
+            raise Refusal(Code.DTYPE, f"{dtype} on {x.device.type} is not supported", where)
 
 
 def _is_plain(found: Any) -> bool:

@@ -18,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from moe_inductor.kernels import align, combine, decode, down, gate_up, routing  # noqa: E402
 from moe_inductor.ops import cuda  # noqa: E402
+from tests.units import GATED  # noqa: E402
 
 TYPES = {
     torch.bfloat16: "bf16",
@@ -32,7 +33,21 @@ MIXTRAL = dict(E=8, k=2, H=4096, I=14336)
 
 @pytest.fixture
 def record(monkeypatch):
-    def run(capability, T, E, k, H, I, dtype=torch.bfloat16, layout="stacked"):
+    def run(
+        capability,
+        T,
+        E,
+        k,
+        H,
+        I,
+        dtype=torch.bfloat16,
+        layout="stacked",
+        unit="silu",
+        rows=2,
+        transposed=False,
+        biased=False,
+        **facts,
+    ):
         launches = []
 
         def launch(kernel, grid, *args, **meta):
@@ -43,13 +58,32 @@ def record(monkeypatch):
         monkeypatch.setattr(cuda, "_capability", lambda device: capability)
         monkeypatch.setattr(cuda, "_num_multiprocessors", lambda device: 132)
         with torch.device("meta"):
-            weights = torch.empty(E, 2 * I, H, dtype=dtype), torch.empty(E, H, I, dtype=dtype)
+            shapes = (E, rows * I, H), (E, H, I)
+            weights = [
+                torch.empty(e, b, a, dtype=dtype).mT
+                if transposed
+                else torch.empty(e, a, b, dtype=dtype)
+                for e, a, b in shapes
+            ]
+            biases = [[torch.empty(e, a, dtype=dtype)] if biased else [] for e, a, _ in shapes]
             x, logits = torch.empty(T, H, dtype=dtype), torch.empty(T, E, dtype=dtype)
         gate_up_proj, down_proj = [
             [w] if layout == "stacked" else list(w.unbind(0)) for w in weights
         ]
         topk_weights, topk_ids = cuda.topk_routing(logits, k, True, dtype)
-        cuda.fused_experts(x, topk_ids, topk_weights, gate_up_proj, [], down_proj, "silu", dtype)
+        cuda.fused_experts(
+            x,
+            topk_ids,
+            topk_weights,
+            gate_up_proj,
+            [],
+            down_proj,
+            unit,
+            dtype,
+            gate_up_bias=biases[0],
+            down_bias=biases[1],
+            **facts,
+        )
         return launches
 
     return run
@@ -123,6 +157,38 @@ def test_gate_up_box_splits_in_registers(record):
     ptx = compile_for(GPUTarget("cuda", 90, 32), *launch).asm["ptx"]
     assert "m64n256k16" in ptx
     assert "ld.shared" not in ptx
+
+
+GPT_OSS = dict(E=32, k=4, H=2880, I=2880, unit=GATED["gpt-oss"][0], biased=True, interleaved=True)
+NEMOTRON = dict(E=128, k=6, H=2688, I=1856, unit="square(relu(g))", rows=1)
+LLAMA4 = dict(E=16, k=1, H=5120, I=8192, weight_on_input=True)
+VARIANTS = {
+    "gpt_oss": GPT_OSS | {"transposed": True},
+    "gpt_oss, rows": GPT_OSS,
+    "nemotron": NEMOTRON,
+    "llama4": LLAMA4 | {"transposed": True},
+    "gelu": QWEN3 | {"unit": "gelu"},
+    "gelu_tanh, fp32": QWEN3 | {"unit": "mul(gelu_tanh(f32(g)),f32(u))"},
+}
+
+
+@pytest.mark.parametrize("T", [1, 64, 4096])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_sm90_variants(variant, T, record, tmp_path):
+    for kernel, args, meta in record((9, 0), T, **VARIANTS[variant]):
+        compiled = compile_for(GPUTarget("cuda", 90, 32), kernel, args, meta)
+        assert compiled.metadata.shared <= 227 * 1024
+        assert not spilled_bytes(compiled, tmp_path), (kernel, meta)
+        if variant in ("nemotron", "gelu") and T == 4096 and "LAYOUT" in meta:
+            assert "cp.async.bulk.tensor" in compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize("target", [GPUTarget("cuda", 80, 32), GPUTarget("hip", "gfx942", 64)])
+@pytest.mark.parametrize("T", [1, 4096])
+def test_variants_on_other_gpus(target, T, record):
+    for name in ("gpt_oss", "nemotron", "gelu"):
+        for kernel, args, meta in record((0, 0), T, **VARIANTS[name]):
+            assert compile_for(target, kernel, args, meta)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

@@ -21,18 +21,27 @@ from moe_inductor.match.api import (
     combinations,
     discover,
 )
-from moe_inductor.match.pieces import Shapes, experts_pieces, router_piece
+from moe_inductor.match.pieces import PROJECTIONS, Shapes, experts_pieces, router_piece
 from moe_inductor.prove import assumptions
 from moe_inductor.reasons import Code
 from moe_inductor.rewrite import pipeline
 from tests.oracle import assert_within_fp64_rule
 
 SPELLINGS = discover()
+MODES = {
+    (pass_, shapes): (pass_ == "training", shapes == "dynamic")
+    for pass_ in ("inference", "training")
+    for shapes in ("static", "dynamic")
+}
 SAMPLES = [
-    pytest.param(s, sample, dtype, id=f"{s.name}-{sample.name}-{str(dtype)[6:]}")
+    pytest.param(
+        s, sample, dtype, *mode, id=f"{s.name}-{sample.name}-{str(dtype)[6:]}-{'-'.join(name)}"
+    )
     for s in SPELLINGS
     for sample in s.samples
     for dtype in sample.dtypes
+    for name, mode in MODES.items()
+    if not sample.brief or name == ("training", "static")
 ]
 NEAR_MISSES = [
     pytest.param(s, miss, id=f"{s.name}-{miss.name}") for s in SPELLINGS for miss in s.near_misses
@@ -79,9 +88,7 @@ def _inputs(
     raise AssertionError("no tokens without ties found")
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize(("spelling", "sample", "dtype"), SAMPLES)
+@pytest.mark.parametrize(("spelling", "sample", "dtype", "training", "dynamic"), SAMPLES)
 def test_sample_is_fused_and_right(spelling, sample, dtype, training, dynamic, rewritten):
     module, exact_module, x = _inputs(sample, dtype)
     compiled = rewritten(module, dynamic=dynamic)
@@ -175,7 +182,8 @@ def test_every_fact_value_is_proved_by_a_sample(spelling, rewritten, monkeypatch
 def _trace_of(spelling, facts: dict[str, object]) -> str:
     shapes = Shapes(
         x_dtype=torch.bfloat16,
-        weights_dtype=torch.float32,
+        weight_dtype=torch.bfloat16,
+        routing_dtype=torch.float32,
         device=torch.device("cpu"),
         num_tokens=7,
         top_k=2,
@@ -185,5 +193,5 @@ def _trace_of(spelling, facts: dict[str, object]) -> str:
         return repr(items)
     if isinstance(spelling, RouterSpelling):
         return repr(router_piece(spelling, items, shapes)[0])
-    pieces = experts_pieces(spelling, items, shapes)
-    return repr((pieces.upper, pieces.lower))
+    pieces = experts_pieces(spelling, items, shapes, PROJECTIONS[0])
+    return repr((pieces.upper, pieces.second, pieces.first))

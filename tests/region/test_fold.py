@@ -186,9 +186,13 @@ class LateWrite(Loop):
 def compile_and_compare(module: nn.Module, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list]:
     monkeypatch.setenv("MOE_INDUCTOR_RAISE", "1")
     folds = []
-    monkeypatch.setattr(
-        pipeline, "fold", lambda region, fold=pipeline.fold: folds.append(fold(region)) or folds[-1]
-    )
+    fold = pipeline.fold
+
+    def spy(*args):
+        folds.append(fold(*args))
+        return folds[-1]
+
+    monkeypatch.setattr(pipeline, "fold", spy)
     torch._dynamo.reset()
     backend = WithoutInductor()
     backend.install()
