@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from moe_inductor.capture import scope
-from moe_inductor.capture.assumptions import NonEmpty, Rolled, Tested, Visited
+from moe_inductor.capture.assumptions import NonEmpty, Rolled, RolledModules, Tested, Visited
 from tests.capture import test_adversarial, test_constructs, test_purity
 from tests.capture.fake_backend import installed
 from tests.capture.models import Block, E, H
@@ -30,41 +30,45 @@ def _fresh() -> Iterator[None]:
 class Executor(fx.Interpreter):
     """Runs the pass of a rolled loop for each row of its hit list."""
 
-    def __init__(self, gm: fx.GraphModule, loops: list[Rolled]) -> None:
+    def __init__(self, gm: fx.GraphModule, loops: list[Any]) -> None:
         super().__init__(gm, garbage_collect_values=False)
-        self.loops = {loop.indices[0]: loop for loop in loops}
-        self.markers = {n for loop in loops for n in (*loop.indices, *loop.kept)}
-        self.inside = {node for loop in loops for one in loop.passes for node in one.nodes}
+        self.loops = {_indices(loop)[0]: loop for loop in loops}
+        kept = {n for loop in loops for n in getattr(loop, "kept", ())}
+        self.skipped = {n for loop in loops for n in _indices(loop)} | kept
+        self.skipped |= {n for loop in loops for one in loop.passes for n in one.nodes}
 
     def run_node(self, n: fx.Node) -> Any:
         if n in self.loops:
             return self.run_loop(self.loops[n])
-        of_a_pass = n in self.inside or n in self.markers or "assert" in str(n.target)
-        of_a_pass |= n.op != "output" and any(self.env.get(a) is self for a in n.all_input_nodes)
+        skipped = n in self.skipped or "assert" in str(n.target)
         # What nobody inside of a loop has made belongs to runtime assertions, which are for others.
-        return self if of_a_pass else super().run_node(n)
+        skipped |= n.op != "output" and any(self.env.get(a) is self for a in n.all_input_nodes)
+        return self if skipped else super().run_node(n)
 
-    def run_loop(self, loop: Rolled) -> Any:
-        index = loop.indices[0]
-        rows = self.env[index.args[0]].flatten().tolist()
-        first = dict(self.env)
-        for value in rows:
+    def run_loop(self, loop: Any) -> Any:
+        index = _indices(loop)[0]
+        inputs = {n: value for n, value in self.env.items() if n.op == "placeholder"}
+        for value in self.env[index.args[0]].flatten().tolist():
             is_last = loop.last and value == loop.count
             self.env[index] = value
-            if loop.experts and not is_last:
+            if isinstance(loop, RolledModules) and not is_last:
                 for mine, of_first in zip(loop.experts[value], loop.experts[0], strict=True):
-                    self.env[of_first] = first[mine]
+                    self.env[of_first] = inputs[mine]
             for node in loop.passes[-1 if is_last else 0].nodes:
                 if not node._erased and node.op != "output":
                     self.env[node] = super().run_node(node)
-        self.env.update({n: first[n] for n in first if n.op == "placeholder"})
+        self.env.update(inputs)
         return self
+
+
+def _indices(loop: Any) -> list[fx.Node]:
+    return loop.indices if isinstance(loop, RolledModules) else [loop.index]
 
 
 class Roller(Believer):
     def __call__(self, gm: fx.GraphModule, inputs: list[Any], **options: Any) -> Any:
         super().__call__(gm, inputs, **options)
-        loops = [a for a in scope.assumptions() if isinstance(a, Rolled)]
+        loops = [a for a in scope.assumptions() if isinstance(a, Rolled | RolledModules)]
         return Executor(gm, loops).run if loops else gm.forward
 
 
@@ -381,7 +385,7 @@ def by_number(block, e):
 def layered(block: Layered, x: torch.Tensor, *more: Any) -> Roller:
     """Compile, compare, and again after each of ``more`` has changed the block."""
     backend = Roller()
-    with torch.no_grad(), installed(backend, speculate=True, roll=True):
+    with torch.no_grad(), installed(backend, speculate=True, roll=True, roll_modules=True):
         compiled = torch.compile(block, backend=backend)
         torch.testing.assert_close(compiled(x), block(x))
         for change in more:
@@ -399,12 +403,19 @@ def kinds(backend: Roller) -> list[str]:
 def test_modules_two_passes(pick: Any, tokens: int) -> None:
     backend = layered(Layered(pick), torch.randn(tokens, H))
     (loop,) = backend.assumptions
-    assert isinstance(loop, Rolled)
+    assert isinstance(loop, RolledModules)
     assert (len(loop.indices), len(loop.passes), len(loop.experts)) == (2, 2, E)
     assert [len(inputs) for inputs in loop.experts] == [3] * E
     assert len({node for inputs in loop.experts for node in inputs}) == 3 * E
     assert len(backend.graphs) == 1
     assert backend.reasons == []
+
+
+def test_modules_are_unrolled_unless_asked_for() -> None:
+    block, x, backend = Layered(by_row), torch.randn(3, H), Roller()
+    with torch.no_grad(), installed(backend, speculate=True, roll=True):
+        torch.testing.assert_close(torch.compile(block, backend=backend)(x), block(x))
+    assert kinds(backend) == ["Visited"]
 
 
 def replace_weight(block):
@@ -494,10 +505,10 @@ def test_an_expert_that_is_changed_later(change: Any) -> None:
     # Dynamo does not look for hooks that come later unless it is told to, for no module.
     with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
         backend = layered(Layered(by_row), torch.randn(9, H), change)
-    assert kinds(backend)[0] == "Rolled"
+    assert kinds(backend)[0] == "RolledModules"
     if change not in ALIKE:
         assert len(backend.graphs) > 1
-        assert "Rolled" not in kinds(backend)[1:]
+        assert "RolledModules" not in kinds(backend)[1:]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
@@ -505,7 +516,7 @@ def test_an_expert_that_was_changed_before(change: Any) -> None:
     block = Layered(by_row)
     change(block)
     backend = layered(block, torch.randn(9, H))
-    assert kinds(backend)[:1] == (["Rolled"] if change in ALIKE else ["Visited"])
+    assert kinds(backend)[:1] == (["RolledModules"] if change in ALIKE else ["Visited"])
 
 
 def reads_the_first_too(block, e):
@@ -535,7 +546,7 @@ def reads_a_scale(block, e):
 )
 def test_other_experts_in_the_body(pick: Any) -> None:
     backend = layered(Layered(pick), torch.randn(5, H))
-    assert kinds(backend) == ["Rolled" if pick is reads_the_second_too else "Visited"]
+    assert kinds(backend) == ["RolledModules" if pick is reads_the_second_too else "Visited"]
 
 
 def test_a_number_of_the_expert() -> None:
@@ -548,7 +559,7 @@ def test_a_number_of_the_expert() -> None:
     def rescale(block: Layered) -> None:
         block.experts[3].scale = 3.0
 
-    assert kinds(layered(same, x, rescale)) == ["Rolled", "Visited"]
+    assert kinds(layered(same, x, rescale)) == ["RolledModules", "Visited"]
     torch._dynamo.reset()
     assert kinds(layered(other, x)) == ["Visited"]
 
@@ -558,8 +569,8 @@ def test_training_step_over_modules() -> None:
     block(x).sum().backward()
     expected = {n: p.grad.clone() for n, p in block.named_parameters() if p.grad is not None}
     block.zero_grad()
-    with installed(backend, speculate=True, roll=True):
+    with installed(backend, speculate=True, roll=True, roll_modules=True):
         torch.compile(block, backend=backend)(x).sum().backward()
-    assert kinds(backend) == ["Rolled"]
+    assert kinds(backend) == ["RolledModules"]
     for name, grad in expected.items():
         torch.testing.assert_close(block.get_parameter(name).grad, grad)
