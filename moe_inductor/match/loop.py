@@ -72,7 +72,8 @@ def group_iterations(iterations: list[Iteration], folded: Folded | None = None) 
                 location(it.output),
             )
     traced = _expert_ids(chain)
-    if folded is not None and folded.ids[: len(traced)] != traced:
+    is_rolled = isinstance(traced[0], fx.Node)
+    if folded is not None and not is_rolled and folded.ids[: len(traced)] != traced:
         raise Refusal(Code.SPELLING, "", location(chain[0].output))
     gate_up, *up = [
         _weight(chain, traced, [it.unit.projections[i] for it in chain], folded)

@@ -39,7 +39,7 @@ from moe_inductor.prove.expressions import Numbering
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.canonical import Canonical, trace
 from moe_inductor.region.find import Region
-from moe_inductor.region.fold import sum_steps
+from moe_inductor.region.fold import Fold, fold, fold_rolled, sum_steps
 from moe_inductor.region.nodes import is_integral, mutated, storages, unbacked, value
 from moe_inductor.region.normalise import normalise
 
@@ -58,7 +58,11 @@ class Assumed:
         self.kept: dict[Assumption, fx.Node] = {
             a: take(a.marker) for a in self.all if isinstance(a, (Visited, Tested, Length))
         }
-        self.kept |= {a: a.index.all_input_nodes[0] for a in self.all if isinstance(a, Rolled)}
+        for loop in self.all:
+            if isinstance(loop, Rolled):
+                self.kept[loop] = loop.indices[0].all_input_nodes[0]
+                for node in loop.kept:
+                    node.graph.erase_node(node)
 
     def concerning(self, region: Region) -> list[Assumption]:
         """Those that the region was traced under."""
@@ -68,6 +72,13 @@ class Assumed:
             for a in self.all
             if self.kept.get(a) in members or any(n in members for p in a.passes for n in p.nodes)
         ]
+
+    def fold(self, region: Region) -> Fold | None:
+        """What stands for passes of the region's loop that need not be traced again."""
+        for loop in self.concerning(region):
+            if isinstance(loop, Rolled):
+                return fold_rolled(region, loop.passes, loop.experts) if loop.experts else None
+        return fold(region, self.guards(region))
 
     def guards(self, region: Region) -> dict[fx.Node, list[fx.Node]]:
         """For each addition to the sum, the tensors whose test decides whether it is made."""
@@ -87,7 +98,7 @@ class Assumed:
             for a in self.all
             if a not in self.proved
             or any(n in alive for p in a.passes for n in p.nodes)
-            or (isinstance(a, Rolled) and a.index in alive)
+            or (isinstance(a, Rolled) and any(n in alive for n in a.indices))
         ]
 
 
@@ -137,10 +148,11 @@ def _each_pass_adds_its_expert(loop: Visited, bound: Bound) -> None:
 
 
 def _one_pass_stands_for_all(canonical: Canonical, loop: Rolled, bound: Bound) -> None:
-    """The pass makes the one addition of expert ``index``, which is each of the experts, and no other."""
-    index = _index_in(canonical, loop.index)
+    """A pass makes the one addition of expert ``index``, which is each of the experts, and no other."""
+    index = _index_in(canonical, loop.indices[0])
     adds = [len(_effects(one, loop)) for one in loop.passes]
-    if bound.index != [index] or adds != [1, 0][: len(adds)] or loop.count != len(bound.visited):
+    expected = [1] * len(loop.indices) + [0] * loop.last
+    if bound.index != [index] or adds != expected or loop.count != len(bound.visited):
         raise Refusal(
             Code.ASSUMPTION,
             "for-loop over data-dependent rows: a pass does more or other than adding its expert's rows",
@@ -196,7 +208,7 @@ def _asks_whether_chosen(
 ) -> None:
     """The value is a known function of ``topk_ids`` that says whether expert e occurs; only its rows depend on it."""
     steps = sum_steps(canonical.region)
-    ids = bound.index or bound.visited
+    ids = bound.index * len(steps) or bound.visited
     number = dict(zip(steps, ids, strict=False))
     effects = [node for one in test.passes for node in _effects(one, test)]
     experts = {number.get(node) for node in effects}

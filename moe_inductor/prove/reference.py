@@ -27,10 +27,14 @@ class Projection:
         return self._stored(self.weights[0]), self.biases[0] if self.biases else None
 
     def of(self, expert: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Expert by number, or by a symbolic index; then the first of E tensors is the one that was traced."""
+
         def pick(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
             if not tensors:
                 return None
-            return tensors[0].select(0, expert) if self.is_stacked else tensors[expert]
+            if self.is_stacked:
+                return tensors[0].select(0, expert)
+            return tensors[expert if isinstance(expert, int) else 0]
 
         weight = pick(self.weights)
         assert weight is not None

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from moe_inductor.capture.assumptions import Pass
 from moe_inductor.region.find import Region
 from moe_inductor.region.nodes import mutated, name_of, node_arg, value
 
@@ -74,6 +75,26 @@ def fold(region: Region, guards: Mapping[fx.Node, Sequence[fx.Node]]) -> Fold | 
     chained = steps[1].args[0] is steps[0]
     last = (steps[-1], steps[_KEPT - 1]) if chained else None
     return Fold(nodes, holes.ids, holes.weights, last)
+
+
+def fold_rolled(
+    region: Region, passes: Sequence[Pass], experts: Sequence[Sequence[fx.Node]]
+) -> Fold:
+    """The first of the traced passes stands for all: capture has already seen that.
+
+    experts: the inputs of each expert, in the order in which the first pass has them.
+    """
+    again = {n for one in passes[1:] for n in one.nodes}
+    columns = list(zip(*experts, strict=True))
+    region.read_by_others = [n for column in columns for n in column]
+    region.refresh()
+    nodes = []
+    for node in region.nodes:
+        if node in again or any(a in again for a in node.all_input_nodes):
+            again.add(node)
+        else:
+            nodes.append(node)
+    return Fold(nodes, tuple(range(len(experts))), {c[0]: c for c in columns}, last=None)
 
 
 def sum_steps(region: Region) -> list[fx.Node]:

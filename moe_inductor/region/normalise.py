@@ -333,7 +333,14 @@ def _select(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 
 
 def _row(out: Emitter, base: fx.Node, dim: int, index: Any, made: Any, origin: str | None) -> Any:
-    """select(nonzero(x) [n, 1], 1, 0) = view(nonzero(x), [n])"""
+    """select(nonzero(x) [n, 1], 1, 0) = view(nonzero(x), [n])
+    select(view(x, s), d, i) = view(select(x, d, i), ..) where the view keeps the dimensions up to d"""
+    if base.target is aten.view.default:
+        inner = node_arg(base, 0)
+        leading = value(inner).shape[: dim + 1]
+        if len(leading) > dim and out.same_sizes(value(base).shape[: dim + 1], leading):
+            narrow = _row(out, inner, dim, index, value(inner).select(dim, 0), origin)
+            return out.view(narrow, made, origin)
     if base.target is aten.nonzero.default and _is_one(value(base).shape[dim]):
         return out.view(base, made, origin)
     row = _one_hot_row(out, base, dim, index, made, origin)

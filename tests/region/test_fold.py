@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from moe_inductor.rewrite import pipeline
+from moe_inductor.prove import assumptions
 from tests.oracle import assert_within_fp64_rule
 from tests.without_inductor import WithoutInductor
 
@@ -186,13 +186,13 @@ class LateWrite(Loop):
 def compile_and_compare(module: nn.Module, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list]:
     monkeypatch.setenv("MOE_INDUCTOR_RAISE", "1")
     folds = []
-    fold = pipeline.fold
+    fold = assumptions.fold
 
     def spy(*args):
         folds.append(fold(*args))
         return folds[-1]
 
-    monkeypatch.setattr(pipeline, "fold", spy)
+    monkeypatch.setattr(assumptions, "fold", spy)
     torch._dynamo.reset()
     backend = WithoutInductor()
     backend.install()
