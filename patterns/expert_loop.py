@@ -231,6 +231,14 @@ class ScaledBias(Biased):
         return torch.addmm(bias[e], rows, weight[e].t(), beta=0.5)
 
 
+class OneUnderAutocast(Loop):
+    def expert(self, e, rows):
+        if e != 3:
+            return super().expert(e, rows)
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().expert(e, rows)
+
+
 class WeightTwice(Loop):
     """On the input and on the output."""
 
@@ -403,6 +411,7 @@ EXPERT_LOOP = ExpertsSpelling(
         NearMiss(name="one_bias_for_all", build=OneBiasForAll, code="EXPERT_WEIGHTS"),
         NearMiss(name="bias_not_weighted", build=BiasNotWeighted, code="SPELLING"),
         NearMiss(name="scaled_bias", build=ScaledBias, code="SPELLING"),
+        NearMiss(name="one_expert_under_autocast", build=OneUnderAutocast, code="SPELLING"),
         NearMiss(name="weight_twice", build=WeightTwice, code="SPELLING"),
         NearMiss(name="norm_after_expert", build=PostNorm, code="SPELLING"),
         NearMiss(name="expert_missing", build=Missing, code="EXPERT_MISSING"),
