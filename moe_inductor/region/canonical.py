@@ -286,9 +286,7 @@ def _entered(node: fx.Node) -> Autocast | None:
     return Autocast(str(device), dtype or torch.get_autocast_dtype(str(device)))  # type: ignore[arg-type]
 
 
-def _one_grad_mode(
-    region: Region, states: dict[fx.Node, State]
-) -> tuple[bool, Refusal | None]:
+def _one_grad_mode(region: Region, states: dict[fx.Node, State]) -> tuple[bool, Refusal | None]:
     """The experts run under one grad mode; returns that mode, and a refusal of the router if it runs under another.
 
     A value computed under ``torch.no_grad()`` inside a block that trains has no gradient; a fused one would have it.
