@@ -203,10 +203,10 @@ def _looks_for_a_number(stack: list[Any], coming: Any) -> list[Any]:
     operands = stack[-2:]
     if coming.opname == "CONTAINS_OP":
         held = operands[-1]
-        if type(held) is Hits or not isinstance(held, _compat.BaseListVariable):
+        if type(held) is Hits or not _is(held, _compat.BaseListVariable):
             return []
         operands = [operands[0], *held.items]
-    return [value for value in operands if isinstance(value, _compat.SymNodeVariable)]
+    return [value for value in operands if _is(value, _compat.SymNodeVariable)]
 
 
 def _before(attempt: scope.Attempt, tx: Any, coming: Any) -> Callable[[], None] | None:
@@ -234,12 +234,12 @@ def _is_subscript(instruction: Any) -> bool:
 def _use_of_rolled(tx: Any, coming: Any) -> None:
     """Where the model may use a row of the hit list, give Dynamo what it knows to handle there."""
     stack, right = tx.stack, tx.stack[-1]
-    rows = [value for value in stack[-2:] if isinstance(value, rolled.RolledIndex)]
+    rows = [value for value in stack[-2:] if _is(value, rolled.RolledIndex)]
     if not rows:
         return
     if coming.opname == "CALL":
         if (
-            right in rows
+            rows[-1] is right
             and coming.arg == 1
             and any(_function_of(f) in _NUMBER_OF for f in stack[-3:-1])
         ):
@@ -257,7 +257,7 @@ def _use_of_rolled(tx: Any, coming: Any) -> None:
     tested = following.startswith("POP_JUMP") or following == "TO_BOOL"
     beside_tensor &= not any(row.dims for row in rows)
     if beside_tensor or (coming.opname == "COMPARE_OP" and tested):
-        stack[-2:] = [v.number if isinstance(v, rolled.RolledIndex) else v for v in stack[-2:]]
+        stack[-2:] = [v.number if _is(v, rolled.RolledIndex) else v for v in stack[-2:]]
 
 
 def _answer_test(attempt: scope.Attempt, tx: Any, jump: Any) -> None:
@@ -266,9 +266,9 @@ def _answer_test(attempt: scope.Attempt, tx: Any, jump: Any) -> None:
     location = _location(tx, jump)
     if location in attempt.frame.distrusted:
         return
-    if isinstance(value, _compat.SymNodeVariable) and _rolled_loops(attempt, value.sym_num):
+    if _is(value, _compat.SymNodeVariable) and _rolled_loops(attempt, value.sym_num):
         tx.stack[-1] = _compat.ConstantVariable.create(_decide(attempt, value.sym_num))
-    elif isinstance(value, _compat.SymNodeVariable):
+    elif _is(value, _compat.SymNodeVariable):
         found = emptiness.of_number(value.sym_num)
         if found is None:
             return
@@ -326,13 +326,10 @@ def _iterate(attempt: scope.Attempt, tx: Any, start: Any) -> None:
     )
     if region is None:
         give_up("the loop over the list of hit experts", location)
-    one = _roll(attempt, tx, region, hits.rows, hits.bound, hits.dims)
-    if one is not None:
-        numbers = [
-            each.listed(tx) if isinstance(each, rolled.RolledIndex) else each for each in one
-        ]
-        last = [_listed(hits.bound - 1, hits.dims)] if len(one) > 1 else []
-        elements = [*numbers[:1], *last]
+    elements: list[Any] | None = _roll(attempt, tx, region, hits.rows, hits.bound, hits.dims)
+    if elements is not None:
+        last = _listed(hits.bound - 1, hits.dims)
+        elements = [each.listed(tx) if _is(each, rolled.RolledIndex) else last for each in elements]
     else:
         attempt.assumptions.append(
             Visited(keep(tx, hits.rows), hits.bound, location, region.passes)
@@ -372,10 +369,8 @@ def _roll(
 def _index_modules(attempt: scope.Attempt, tx: Any) -> Callable[[], None] | None:
     """``self.experts[e]`` for a list of modules: trace it for a representative."""
     key = tx.stack[-1]
-    number = key.number if isinstance(key, rolled.RolledIndex) else key
-    if not isinstance(number, _compat.SymNodeVariable) or not isinstance(
-        number.sym_num, torch.SymInt
-    ):
+    number = key.number if _is(key, rolled.RolledIndex) else key
+    if not _is(number, _compat.SymNodeVariable) or not isinstance(number.sym_num, torch.SymInt):
         return None
     found = attempt.rolled.get(number.sym_num.node.expr)
     if found is None:
@@ -605,6 +600,11 @@ def _builtin_being_called() -> Any:
         if frame is None:
             return None
     return None
+
+
+def _is(tracker: Any, kind: type) -> bool:
+    """``isinstance`` without looking: Dynamo's realizes what it is asked about, which changes the graph's inputs."""
+    return issubclass(type(tracker), kind)
 
 
 def _function_of(tracker: Any) -> Any:

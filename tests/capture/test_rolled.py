@@ -394,6 +394,28 @@ def layered(block: Layered, x: torch.Tensor, *more: Any) -> Roller:
     return backend
 
 
+class Listed(Layered):
+    """The same over ``tolist()``, with a row after the experts."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, ids = torch.topk(F.softmax(self.router(x), dim=-1), 2, dim=-1)
+        ids = torch.where(weights < 0.3, E, ids)
+        mask = F.one_hot(ids, num_classes=E + 1).permute(2, 1, 0)
+        out = torch.zeros_like(x)
+        for e in torch.where(mask.sum(dim=(-1, -2)) > 0)[0].tolist():
+            if e == E:
+                continue
+            k, t = torch.where(mask[e])
+            out.index_add_(0, t, self.experts[e](x[t]) * weights[t, k, None])
+        return out
+
+
+def test_modules_by_a_list_of_numbers_with_a_row_after_them() -> None:
+    (loop,) = layered(Listed(by_row), torch.randn(9, H)).assumptions
+    assert isinstance(loop, RolledModules)
+    assert (loop.count, loop.last, len(loop.passes), len(loop.experts)) == (E, True, 3, E)
+
+
 def kinds(backend: Roller) -> list[str]:
     return [type(a).__name__ for a in backend.assumptions]
 
