@@ -9,6 +9,13 @@ from torch._inductor.utils import run_and_get_code
 from moe_inductor import ops
 
 OPS = torch.ops.moe_inductor
+NO_MORE = (
+    [],
+    [],
+    [],
+    False,
+    False,
+)  # no biases, gate and up not interleaved, routing weight on the output
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +38,31 @@ def test_opcheck_experts(tokens, storage):
         "silu",
         torch.float32,
     )
-    torch.library.opcheck(OPS.fused_experts.default, args)
+    torch.library.opcheck(OPS.fused_experts.default, (*args, *NO_MORE))
+
+
+@pytest.mark.parametrize("per_expert", [False, True])
+@pytest.mark.parametrize(("interleaved", "on_input"), [(True, False), (False, True)])
+def test_opcheck_experts_with_biases(interleaved, on_input, per_expert):
+    data = unit_scale_inputs(5, 3, 2, 8, 4, dtype=torch.float32)
+    x, _, ids, weights, gate_up, down = data
+    tensors = [gate_up, down, torch.randn(3, 8), torch.randn(3, 8)]
+    lists = [list(t.unbind(0)) if per_expert else [t] for t in tensors]
+    gate_up, down, gate_up_bias, down_bias = (
+        [t.detach().clone().requires_grad_() for t in group] for group in lists
+    )
+    more = (gate_up_bias, [], down_bias, interleaved, on_input)
+    args = (x.requires_grad_(), ids, weights.requires_grad_(), gate_up, [], down, "silu", x.dtype)
+    torch.library.opcheck(OPS.fused_experts.default, (*args, *more))
+    flags = [True] * (2 + 4 * len(gate_up))
+    gate_up, down, gate_up_bias, down_bias = lists
+    more = (gate_up_bias, [], down_bias, interleaved, on_input)
+    backward = (torch.randn(5, 8), x.detach(), ids, weights.detach(), gate_up, [], down, "silu")
+    torch.library.opcheck(
+        OPS.fused_experts_backward.default,
+        (*backward, flags, *more),
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )
 
 
 @pytest.mark.parametrize("storage", ["stacked", "stacked, transposed", "per expert, two"])
@@ -43,7 +74,7 @@ def test_opcheck_backward(storage):
     for needs in (flags, [False, *flags[1:]], [True, *[False] * (len(flags) - 1)]):
         torch.library.opcheck(
             OPS.fused_experts_backward.default,
-            (*args, needs),
+            (*args, needs, *NO_MORE),
             test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
         )
 
