@@ -208,7 +208,8 @@ class Unit:
             place = "out" if 2 + i == self.result else place
             lines.append(f"    r{i} = {step.function}({', '.join(args)}, out={place})")
         lines.append("    return out")
-        functions = {name: f.forward for name, f in FUNCTIONS.items()} | {"inf": math.inf}
+        functions: dict[str, Any] = {name: f.forward for name, f in FUNCTIONS.items()}
+        functions["inf"] = math.inf
         exec("\n".join(lines), functions)  # the text is made of names of FUNCTIONS and of numbers
         return functions["in_place"]
 

@@ -37,7 +37,7 @@ class Plain(nn.Module):
 class Block(nn.Module):
     """softmax -> top-k -> renormalise, then ``self.experts(x, topk_ids, topk_weights)``; weights are stacked.
 
-    gated: the first projection has 2I rows.  transposed: weights are ``[E, in, out]``.  biased: projections have biases.
+    gated: the first projection has 2I rows.  transposed: weights are ``[E, in, out]``.  biased: with biases.
     weight_on_input: the routing weight scales what the expert reads; for the subclasses to look at.
     """
 

@@ -17,9 +17,13 @@ from torch.nn import functional as F
 from moe_inductor.match.api import ExpertsSpelling, NearMiss, Sample
 
 
-def reference(x, topk_ids, topk_weights, experts, *, mask, sum_in, weight_on):
+def reference(x, topk_ids, topk_weights, experts, *, mask, sum_in, weight_on, scattered):
     dtype = {"x": x.dtype, "weights": topk_weights.dtype, "float32": torch.float32}[sum_in]
     out = torch.zeros(x.shape, dtype=dtype, device=x.device)
+    if scattered:  # scores of all experts, zero where one was not chosen
+        scores = torch.zeros(
+            (x.shape[0], experts.num_experts), dtype=topk_weights.dtype, device=x.device
+        ).scatter(1, topk_ids, topk_weights)
     for e, expert in experts:
         # In the normal form a row of a one-hot mask is this comparison.
         hit = topk_ids == e
@@ -27,7 +31,8 @@ def reference(x, topk_ids, topk_weights, experts, *, mask, sum_in, weight_on):
             slot, token = torch.where(hit.T)
         else:
             token, slot = torch.where(hit)
-        rows, weights = x[token], topk_weights[token, slot, None]
+        rows = x[token]
+        weights = scores[token, e, None] if scattered else topk_weights[token, slot, None]
         if weight_on == "input":
             rows = (rows * weights).to(x.dtype)
         y = expert(rows)
@@ -152,6 +157,33 @@ class Flat(Loop):
         return (F.silu(rows @ w1.t()) * (rows @ v1.t())) @ w2
 
 
+class Scattered(Loop):
+    """gpt_oss and qwen3_vl_moe of transformers 4.57: ``[T, E]`` scores instead of ``[T, k]`` weights."""
+
+    biased = True
+
+    def experts(self, x, topk_ids, topk_weights):
+        scores = torch.zeros(
+            x.shape[0], NUM_EXPERTS, dtype=topk_weights.dtype, device=x.device
+        ).scatter_(1, topk_ids, topk_weights)
+        out, mask = self.start(x), self.mask(topk_ids)
+        for e in range(NUM_EXPERTS):
+            _, token = self.where(mask, e)
+            y = self.expert(e, x[token]) * scores[token, self.column(e), None]
+            self.add(out, token, y)
+        return out
+
+    def column(self, e):
+        return e
+
+
+class OtherColumn(Scattered):
+    """The score of another expert."""
+
+    def column(self, e):
+        return NUM_EXPERTS - 1 - e
+
+
 class SumInFloat(Loop):
     """inkling2, openai_privacy_filter: the sum in fp32 whatever the model's dtype is."""
 
@@ -229,6 +261,14 @@ class BiasNotWeighted(Biased):
 class ScaledBias(Biased):
     def linear(self, rows, weight, bias, e):
         return torch.addmm(bias[e], rows, weight[e].t(), beta=0.5)
+
+
+class OneUnderAutocast(Loop):
+    def expert(self, e, rows):
+        if e != 3:
+            return super().expert(e, rows)
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().expert(e, rows)
 
 
 class WeightTwice(Loop):
@@ -377,8 +417,10 @@ EXPERT_LOOP = ExpertsSpelling(
         "mask": ("slots first", "tokens first"),
         "sum_in": ("x", "weights", "float32"),
         "weight_on": ("output", "input"),
+        "scattered": (False, True),
     },
     loop=True,
+    ids_in_range="scattered",
     samples=(
         Sample(name="stacked", build=Loop),
         Sample(name="tokens_first", build=TokensFirst),
@@ -387,6 +429,7 @@ EXPERT_LOOP = ExpertsSpelling(
         Sample(name="first_modules", build=FirstModules),
         Sample(name="module_dict", build=InDict),
         Sample(name="flat", build=Flat),
+        Sample(name="scattered", build=Scattered),
         Sample(name="sum_in_float", build=SumInFloat, dtypes=(torch.bfloat16,)),
         Sample(name="top_one", build=TopOne),
         Sample(name="auxiliary_loss", build=AuxiliaryLoss),
@@ -403,6 +446,8 @@ EXPERT_LOOP = ExpertsSpelling(
         NearMiss(name="one_bias_for_all", build=OneBiasForAll, code="EXPERT_WEIGHTS"),
         NearMiss(name="bias_not_weighted", build=BiasNotWeighted, code="SPELLING"),
         NearMiss(name="scaled_bias", build=ScaledBias, code="SPELLING"),
+        NearMiss(name="one_expert_under_autocast", build=OneUnderAutocast, code="SPELLING"),
+        NearMiss(name="score_of_other_expert", build=OtherColumn, code="PROOF"),
         NearMiss(name="weight_twice", build=WeightTwice, code="SPELLING"),
         NearMiss(name="norm_after_expert", build=PostNorm, code="SPELLING"),
         NearMiss(name="expert_missing", build=Missing, code="EXPERT_MISSING"),

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests.units import GATED, PLAIN
 
 from moe_inductor.unit import FUNCTIONS, parse
+from tests.units import GATED, PLAIN
 
 UNITS = [(text, written, True) for text, written in GATED.values()]
 UNITS += [(text, written, False) for text, written in PLAIN.values()]
@@ -73,13 +73,25 @@ def test_every_function_is_in_some_unit():
         "clamp(g)",
         "clamp(g,u)",
         "clamp(1.0,None,2.0)",
-    ]
-    + ["x", "silu(x)", "silu(g).t()", "silu(x=g)", "g+u", "pow(g,2.5)", "pow(g,u)", "silu(True)"]
-    + ["", "1.0", "add(g,'u')", "mul(g,nan)", "__import__('os')", "mul(1.0,g)"]
-    + ["square(" * 70 + "g" + ")" * 70],
+        "x",
+        "silu(x)",
+        "silu(g).t()",
+        "silu(x=g)",
+        "g+u",
+        "pow(g,2.5)",
+        "pow(g,u)",
+        "silu(True)",
+        "",
+        "1.0",
+        "add(g,'u')",
+        "mul(g,nan)",
+        "__import__('os')",
+        "mul(1.0,g)",
+        "square(" * 70 + "g" + ")" * 70,
+    ],
 )
 def test_what_is_not_a_unit(text):
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"unit|variable|constant|call|large"):
         parse(text)
 
 

@@ -49,27 +49,47 @@ class Visited:
 class Rolled:
     """``for e in rows`` was traced once, for an ``e`` that stands for each of ``0 .. count - 1``.
 
-    indices: the node ``expert_index(rows, count)`` whose value is ``e``.  The op raises if it is run.
-    passes: the one pass for ``e``, and, if ``last``, a final one that was traced for the number
+    index: the node ``expert_index(rows, count)`` whose value is ``e``.  The op raises if it is run.
+    passes: the one pass for ``e``, and, if ``last``, a second one that was traced for the number
     ``count``: the row after the experts that some models have, for tokens of other devices.
 
-    If experts are modules of a list, the loop is traced twice (``indices`` and ``passes`` have one more), with
-    expert 0 in the first pass and expert 1 in the second.  ``experts`` has the inputs: for expert ``e``,
-    ``experts[e][p]`` stands where ``experts[0][p]`` does in the first pass.  The node ``kept``
-    reads them all.  What is already known: the second pass is the first with the inputs of expert 1, and
-    every other expert gives the first with its own; guards see to it that this stays so.
-
-    What is already known in any case: Python would have done the same for every ``e`` (it only ever
-    knew the range), no local outlives a pass, nothing is appended to a list, and no object is changed.
-    So the first pass is what eager executes for each row, if one puts the row's value for the index and
-    the expert's inputs for those of expert 0, and passes can only meet in tensors that are older than the
-    loop.
+    What is already known: Python would have done the same for every ``e`` (it only ever knew the
+    range), no local outlives a pass, nothing is appended to a list, and no object is changed.  So the
+    pass is what eager executes for each row, if one puts the row's value for ``index``, and passes can
+    only meet in tensors that are older than the loop.
 
     Right only if ``rows`` holds distinct values out of those (and ``count``, if ``last``), in ascending
     order; a pass whose value is not in ``rows`` changes nothing; and the only thing that a pass does to
     older tensors is to add to them (``index_add_`` or the like), with addends that do not read what a
     pass has written.  Then the loop is the sum of these additions over ``e``.  Other writes (a mask
     that is altered, a sum that is scaled) would make the second pass another function than the first.
+    """
+
+    index: torch.fx.Node
+    count: int
+    last: bool
+    location: str
+    passes: list[Pass] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RolledModules:
+    """Like ``Rolled``, for experts that are modules of a list: traced twice, with the first two experts.
+
+    indices: the nodes ``expert_index(rows, count)`` of the two passes.
+    passes: one with expert 0, one with expert 1, and a third for the number ``count`` if ``last``.
+    experts: the inputs of expert ``e``: ``experts[e][p]`` stands where ``experts[0][p]`` does in the
+    first pass.  The one node in ``kept`` reads them all, so that Dynamo lets them be; it raises if it is run.
+
+    What is already known, besides what is known for ``Rolled``: the second pass is the first with
+    ``indices[1]`` for ``indices[0]`` and the inputs of expert 1 for those of expert 0 (an input of expert 0
+    that the model reads in each pass is therefore not in the list); every other expert would give the
+    first pass with its own inputs, because whatever Dynamo read of expert 0 is the same there; and guards
+    see to it that this stays so.  So the first pass is what eager executes for each row, if one puts the
+    row's value for the index and that expert's inputs for those of expert 0.
+
+    Right only if what is said for ``Rolled`` holds for the first pass.  The second pass is not needed for
+    that: it is there because it was traced, and has to go with the first.
     """
 
     indices: list[torch.fx.Node]
@@ -141,4 +161,4 @@ class Length:
         return [Pass(nodes=[self.marker])]
 
 
-Assumption = Visited | Rolled | NonEmpty | Tested | Kept | Length
+Assumption = Visited | Rolled | RolledModules | NonEmpty | Tested | Kept | Length

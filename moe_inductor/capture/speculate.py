@@ -23,7 +23,15 @@ import torch
 
 from moe_inductor import _compat
 from moe_inductor.capture import alike, emptiness, purity, rolled, scope
-from moe_inductor.capture.assumptions import Kept, Length, NonEmpty, Rolled, Tested, Visited
+from moe_inductor.capture.assumptions import (
+    Kept,
+    Length,
+    NonEmpty,
+    Rolled,
+    RolledModules,
+    Tested,
+    Visited,
+)
 from moe_inductor.capture.marker import keep
 from moe_inductor.reasons import Code, Reason
 
@@ -344,17 +352,20 @@ def _roll(
     count = bound - 1 if last else bound
     if count < rolled.MIN_EXPERTS:
         return None
-    assumption = Rolled([], count, last, location, region.passes)
-    attempt.assumptions.append(assumption)
-    elements: list[Any] = []
-    for traced in range(2 if location in frame.paired else 1):
-        node, number = rolled.make_index(tx, rows, count)
-        assumption.indices.append(node)
-        attempt.rolled[number.sym_num.node.expr] = (assumption, traced)
-        elements.append(rolled.RolledIndex(number, dims, lambda use: scope.unroll(location)))
+    paired = location in frame.paired
+    made = [rolled.make_index(tx, rows, count) for _ in range(2 if paired else 1)]
+    nodes = [node for node, _ in made]
+    if paired:
+        loop = RolledModules(nodes, count, last, location, region.passes)
+        region.on_close = functools.partial(_lift_experts, attempt, tx, loop)
+    else:
+        loop = Rolled(nodes[0], count, last, location, region.passes)
+    attempt.assumptions.append(loop)
     region.rolled = True
-    if len(elements) > 1:
-        region.on_close = functools.partial(_lift_experts, attempt, tx, assumption)
+    elements: list[Any] = []
+    for traced, (_, number) in enumerate(made):
+        attempt.rolled[number.sym_num.node.expr] = (loop, traced)
+        elements.append(rolled.RolledIndex(number, dims, lambda use: scope.unroll(location)))
     return [*elements, ExpertIndex(bound - 1, dims)] if last else elements
 
 
@@ -374,6 +385,8 @@ def _index_modules(attempt: scope.Attempt, tx: Any) -> Callable[[], None] | None
     if type(modules) is not torch.nn.ModuleList:
         return None
     loop, traced = found
+    if not attempt.frame.settings.roll_modules:
+        scope.unroll(loop.location)
     if loop.location not in attempt.frame.paired:
         scope.pair(loop.location)
     if len(modules) < loop.count or tx.output.current_tracer.parent is not None:
@@ -392,7 +405,7 @@ def _index_modules(attempt: scope.Attempt, tx: Any) -> Callable[[], None] | None
     return note_source
 
 
-def _lift_experts(attempt: scope.Attempt, tx: Any, loop: Rolled) -> None:
+def _lift_experts(attempt: scope.Attempt, tx: Any, loop: RolledModules) -> None:
     """The two passes of a loop over modules have been traced."""
     of_loop = [indexed for (where, _), indexed in attempt.indexed.items() if where is loop]
     try:
@@ -409,7 +422,7 @@ def _lift_experts(attempt: scope.Attempt, tx: Any, loop: Rolled) -> None:
     loop.kept.append(alike.keep(tx, loop.experts))
 
 
-def _rolled_loops(attempt: scope.Attempt, number: Any) -> list[Rolled]:
+def _rolled_loops(attempt: scope.Attempt, number: Any) -> list[Rolled | RolledModules]:
     """The loops whose expert ``number`` depends on."""
     if not attempt.rolled or not isinstance(number, (torch.SymInt, torch.SymBool, torch.SymFloat)):
         return []

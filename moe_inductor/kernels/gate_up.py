@@ -16,7 +16,8 @@ LAYOUT is "concatenated", "interleaved", "separate" or, without a gate, "plain".
 * pointers: any strides, stacked or through a pointer table, two accumulators;
 * box: concatenated stacked weights seen as ``[E, 2, I, H]``, one 4-D TMA box ``[1, 2, BLOCK_N, BLOCK_K]`` brings
   the gate and the up rows of the same columns as one tile, so there is one wgmma of N = 2 * BLOCK_N and the two
-  halves are split in registers.  Plain weights are ``[E, 1, I, H]``.  With a pointer table the kernel makes a descriptor of ``[2, I, H]`` per tile.
+  halves are split in registers.  Plain weights are ``[E, 1, I, H]``.  With a pointer table the kernel makes a
+  descriptor of ``[2, I, H]`` per tile.
 """
 
 from __future__ import annotations
@@ -156,7 +157,7 @@ def _multiply_box(
             a = tl.load(a_ptrs, mask=row_used[:, None], other=0.0)
         else:
             a = tl.load(a_ptrs, mask=row_used[:, None] & (ks < H - start)[None, :], other=0.0)
-        if FROM_TABLE:  # own_box exists only here
+        if FROM_TABLE:  # noqa: SIM108 (own_box exists only here)
             w = own_box.load([0, first_column, start])
         else:
             w = box.load([expert, 0, first_column, start])

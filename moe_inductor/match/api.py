@@ -79,8 +79,8 @@ class ExpertsSpelling:
     facts: keyword arguments of the reference, each with the values it may take.  ``weight_on`` is known beyond it:
     "input" where the routing weight scales what the expert reads, "output" where it scales what it gives.
     loop: the reference visits experts one by one; its iteration is the pattern.
-    ids_in_range: a fact under which the reference redirects ids outside ``[0, E)``, which the fused op ignores; with
-    it, only ids that come from a top-k over E scores are matched.
+    ids_in_range: a fact under which the reference means something else than the fused op for ids outside ``[0, E)``,
+        which the op ignores, or for an id twice in a row; with it, only ids of a top-k over E scores are matched.
     """
 
     name: str

@@ -136,8 +136,9 @@ def _fake(*args: Any) -> Tensor:
 
 
 def _fake_backward(grad_output: Tensor, *args: Any) -> list[Tensor]:
-    inputs, needs_grad, more = args[:_NUM_INPUTS], args[_NUM_INPUTS], args[_NUM_INPUTS + 1 :]
-    call = Call(*inputs, grad_output.dtype, *more)
+    # The same arguments, but for needs_grad in place of out_dtype.
+    needs_grad = args[_OUT_DTYPE]
+    call = Call(*args)._replace(out_dtype=grad_output.dtype)
     return [
         backward.empty_gradient(tensor)
         for tensor, needed in zip(backward.differentiable(call), needs_grad, strict=True)
@@ -152,7 +153,7 @@ def _cuda(*args: Any) -> Tensor:
     return cuda.fused_experts(*args)
 
 
-_NUM_INPUTS = Call._fields.index("out_dtype")
+_OUT_DTYPE = Call._fields.index("out_dtype")
 _LISTS = tuple(
     Call._fields.index(name)
     for name in ("gate_up_proj", "up_proj", "down_proj", "gate_up_bias", "up_bias", "down_bias")

@@ -27,6 +27,7 @@ from moe_inductor.capture.assumptions import (
     NonEmpty,
     Pass,
     Rolled,
+    RolledModules,
     Tested,
     Visited,
 )
@@ -60,6 +61,8 @@ class Assumed:
         }
         for loop in self.all:
             if isinstance(loop, Rolled):
+                self.kept[loop] = loop.index.all_input_nodes[0]
+            elif isinstance(loop, RolledModules):
                 self.kept[loop] = loop.indices[0].all_input_nodes[0]
                 for node in loop.kept:
                     node.graph.erase_node(node)
@@ -77,7 +80,9 @@ class Assumed:
         """What stands for passes of the region's loop that need not be traced again."""
         for loop in self.concerning(region):
             if isinstance(loop, Rolled):
-                return fold_rolled(region, loop.passes, loop.experts) if loop.experts else None
+                return None
+            if isinstance(loop, RolledModules):
+                return fold_rolled(region, loop.passes, loop.experts)
         return fold(region, self.guards(region))
 
     def guards(self, region: Region) -> dict[fx.Node, list[fx.Node]]:
@@ -98,7 +103,7 @@ class Assumed:
             for a in self.all
             if a not in self.proved
             or any(n in alive for p in a.passes for n in p.nodes)
-            or (isinstance(a, Rolled) and any(n in alive for n in a.indices))
+            or any(n in alive for n in _indices(a))
         ]
 
 
@@ -120,7 +125,7 @@ def prove_assumptions(
             rows = assumed.kept[assumption]
             classes = assumption.bound
             _lists_every_chosen_expert(canonical, assumption, rows, bound, classes, hit_lists)
-        elif isinstance(assumption, Rolled):
+        elif isinstance(assumption, (Rolled, RolledModules)):
             _one_pass_stands_for_all(canonical, assumption, bound)
             rows = assumed.kept[assumption]
             classes = assumption.count + assumption.last
@@ -147,11 +152,14 @@ def _each_pass_adds_its_expert(loop: Visited, bound: Bound) -> None:
         )
 
 
-def _one_pass_stands_for_all(canonical: Canonical, loop: Rolled, bound: Bound) -> None:
+def _one_pass_stands_for_all(
+    canonical: Canonical, loop: Rolled | RolledModules, bound: Bound
+) -> None:
     """A pass makes the one addition of expert ``index``, which is each of the experts, and no other."""
-    index = _index_in(canonical, loop.indices[0])
+    indices = _indices(loop)
+    index = _index_in(canonical, indices[0])
     adds = [len(_effects(one, loop)) for one in loop.passes]
-    expected = [1] * len(loop.indices) + [0] * loop.last
+    expected = [1] * len(indices) + [0] * loop.last
     if bound.index != [index] or adds != expected or loop.count != len(bound.visited):
         raise Refusal(
             Code.ASSUMPTION,
@@ -162,7 +170,7 @@ def _one_pass_stands_for_all(canonical: Canonical, loop: Rolled, bound: Bound) -
 
 def _lists_every_chosen_expert(
     canonical: Canonical,
-    loop: Visited | Rolled,
+    loop: Visited | Rolled | RolledModules,
     listed: fx.Node,
     bound: Bound,
     num_classes: int,
@@ -356,6 +364,13 @@ def _effects(one: Pass, assumption: Assumption) -> list[fx.Node]:
 def _held_in(canonical: Canonical, dynamo: fx.Node) -> fx.Node | None:
     """The normal-form node whose value the Dynamo node holds."""
     return next((n for n, held in canonical.dynamo_of.items() if dynamo in held), None)
+
+
+def _indices(assumption: Assumption) -> list[fx.Node]:
+    """The symbolic indices of a loop that was rolled; none of another assumption."""
+    if isinstance(assumption, Rolled):
+        return [assumption.index]
+    return assumption.indices if isinstance(assumption, RolledModules) else []
 
 
 def _index_in(canonical: Canonical, dynamo: fx.Node) -> fx.Node | None:

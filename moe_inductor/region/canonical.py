@@ -94,6 +94,8 @@ def canonicalise(gm: fx.GraphModule, region: Region, folds: Fold | None = None) 
     states = _states(region)
     grad_enabled, router_refusal = _one_grad_mode(region, states)
     _no_foreign_mutation(region)
+    if not _one_autocast(region, states):
+        folds = None  # passes are compared without it
     fake_mode = _fake_mode(region)
     runner = _Runner(gm, region, folds, states)
     try:
@@ -304,6 +306,13 @@ def _one_grad_mode(region: Region, states: dict[fx.Node, State]) -> tuple[bool, 
         return mode, None
     other = router.get(not mode, region.root)
     return mode, Refusal(Code.GRAD_STATE, "the router mixes grad modes", location(other))
+
+
+def _one_autocast(region: Region, states: dict[fx.Node, State]) -> bool:
+    """Do all nodes after the choice of experts run under the same autocast?  The choice may be an input."""
+    position = {node: i for i, node in enumerate(region.graph.nodes)}
+    after = [node for node in region.nodes if position[node] > position[region.root]]
+    return len({states[node].autocast for node in after}) <= 1
 
 
 def _no_foreign_mutation(region: Region) -> None:

@@ -114,7 +114,10 @@ def find_regions(graph: fx.Graph) -> list[Region]:
         # Rows of unknown number are nothing special by themselves: somebody must have chosen experts.
         if root is not None and not (root.op == "placeholder" and _multiplies_some_rows(node)):
             by_root.setdefault(root, []).append(node)
-    regions = [_grow(graph, root, anchors, order) for root, anchors in by_root.items()]
+    regions = []
+    for root, anchors in by_root.items():
+        later = [other for other in by_root if order[other] > order[root]]
+        regions.append(_grow(graph, root, anchors, order, _downstream(graph, later, order)))
     return sorted(regions, key=lambda region: order[region.nodes[0]])
 
 
@@ -242,22 +245,39 @@ def _writers(graph: fx.Graph) -> dict[int, list[fx.Node]]:
     return found
 
 
-def _grow(
-    graph: fx.Graph, root: fx.Node, anchors: list[fx.Node], order: dict[fx.Node, int]
-) -> Region:
-    after = [
-        n for n in graph.nodes if order[n] > order[root] and n.op not in ("output", "placeholder")
-    ]
-    last_anchor = max(order[a] for a in anchors)
-
-    # Everything that depends on the choice of experts, through values or through tensors changed in place.
-    chosen: set[fx.Node] = {root}
+def _downstream(graph: fx.Graph, roots: list[fx.Node], order: dict[fx.Node, int]) -> set[fx.Node]:
+    """``roots`` and everything that depends on them, through values or through tensors changed in place."""
+    found = set(roots)
+    if not found:
+        return found
+    first = min(order[root] for root in roots)
     dirty: set[int] = set()
-    for node in after:
-        if any(a in chosen or storages(a) & dirty for a in node.all_input_nodes):
-            chosen.add(node)
+    for node in graph.nodes:
+        if order[node] < first or node.op in ("output", "placeholder"):
+            continue
+        if node in found or any(a in found or storages(a) & dirty for a in node.all_input_nodes):
+            found.add(node)
             for target in mutated(node):
                 dirty |= storages(target)
+    return found
+
+
+def _grow(
+    graph: fx.Graph,
+    root: fx.Node,
+    anchors: list[fx.Node],
+    order: dict[fx.Node, int],
+    of_later_blocks: set[fx.Node],
+) -> Region:
+    after = [
+        n
+        for n in graph.nodes
+        if order[n] > order[root]
+        and n.op not in ("output", "placeholder")
+        and n not in of_later_blocks
+    ]
+    last_anchor = max(order[a] for a in anchors)
+    chosen = _downstream(graph, [root], order) - of_later_blocks
 
     # What leads to an anchor ...
     leads: set[fx.Node] = set(anchors)

@@ -27,10 +27,11 @@ def _step(run, module, x):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("spelling", ["loop", "batched", "plain"])
 def test_fused_under_autocast(spelling, dtype):
-    from moe_inductor.capture import scope
     from moe_inductor.patterns import _blocks
     from moe_inductor.patterns.expert_loop import Loop
     from moe_inductor.patterns.hf_batched_mm import Batched
+
+    from moe_inductor.capture import scope
 
     plain = {"gated": False, "act": _blocks.VARIANTS["plain_relu_power"]["act"]}
     build = {"loop": Loop, "batched": Batched, "plain": type("Plain", (Batched,), plain)}[spelling]

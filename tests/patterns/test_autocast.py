@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-
 from moe_inductor.patterns import _blocks
 from moe_inductor.patterns.expert_loop import InModules, Loop, SumInFloat, TokensFirst
 from moe_inductor.patterns.hf_batched_mm import Batched
+
 from tests.oracle import assert_within_fp64_rule
 from tests.patterns.test_patterns import T, _floats, _step
 

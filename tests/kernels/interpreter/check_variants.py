@@ -4,6 +4,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+
 from moe_inductor.kernels.configs import DecodePlan, GemmConfig, GemvConfig, GroupedPlan
 from moe_inductor.kernels.unit import evaluate
 from moe_inductor.ops import cuda

@@ -1,0 +1,97 @@
+"""Every constant between a block's inputs and its output counts: changed, the block is refused, or is another one.
+
+Patterns take constants for wildcards, so this is about the proof, and about the text of the unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+
+from moe_inductor.match.api import ExpertsSpelling, discover
+from moe_inductor.match.experts import propose
+from moe_inductor.prove.prove import prove_experts
+from moe_inductor.reasons import Refusal
+from moe_inductor.rewrite import pipeline
+
+# One sample of each spelling, and one with everything that an expert can have.
+CASES = [
+    pytest.param(s, sample, id=f"{s.name}-{sample.name}")
+    for s in discover()
+    if isinstance(s, ExpertsSpelling) and s.samples
+    for sample in s.samples
+    if sample is s.samples[0] or (sample.name == "gpt_oss" and not s.loop)
+]
+
+
+def _block_of(spelling, sample, rewritten, monkeypatch) -> tuple[Any, Any]:
+    """The sample's normal form and what was proved about it."""
+    seen: list[Any] = []
+    prove = pipeline.prove_experts
+
+    def spy(canonical, bound):
+        prove(canonical, bound)
+        seen.append((canonical, bound))
+
+    monkeypatch.setattr(pipeline, "prove_experts", spy)
+    torch.manual_seed(0)
+    dtype = sample.dtypes[-1]
+    with torch.no_grad():
+        rewritten(sample.build().to(dtype))(torch.randn(11, 32, dtype=dtype))
+    ((canonical, bound),) = seen
+    assert bound.spelling is spelling
+    return canonical, bound
+
+
+def _inside(bound) -> list[fx.Node]:
+    """The nodes from the block's inputs, not included, to its output."""
+    stop, found, todo = set(bound.inputs()), [], [bound.output]
+    while todo:
+        node = todo.pop()
+        if node not in stop and node not in found and node.op == "call_function":
+            found.append(node)
+            todo += node.all_input_nodes
+    return found
+
+
+def _changes(item: Any) -> Iterator[Any]:
+    """``item`` with one number in it changed, one after the other."""
+    if isinstance(item, (list, tuple)):
+        for i, part in enumerate(item):
+            for changed in _changes(part):
+                yield type(item)([*item[:i], changed, *item[i + 1 :]])
+    elif type(item) in (int, float):
+        yield item + 1
+
+
+def _proved(canonical, spelling) -> list[Any]:
+    for found in propose(canonical, [spelling], []):
+        for bound in found:
+            try:
+                prove_experts(canonical, bound)
+            except Refusal:
+                continue
+            return [bound]
+    return []
+
+
+@pytest.mark.parametrize(("spelling", "sample"), CASES)
+def test_every_constant_counts(spelling, sample, rewritten, monkeypatch):
+    canonical, bound = _block_of(spelling, sample, rewritten, monkeypatch)
+    assert _proved(canonical, spelling)
+    tried = 0
+    for node in _inside(bound):
+        original = node.args
+        for args in _changes(tuple(original)):
+            node.args = args
+            tried += 1
+            for other in _proved(canonical, spelling):
+                assert other.moe != bound.moe, f"{node.format_node()} was {original}"
+                assert other.moe.experts.activation != bound.moe.experts.activation
+            node.args = original
+    assert tried > 10, "nothing was looked at"
+    assert _proved(canonical, spelling), "the graph is as it was"
