@@ -27,6 +27,7 @@ import torch
 import transformers
 
 from census import measure, models, results
+from census.constructs import constructs
 from census.families import Case, cases
 from moe_inductor.backend import _fingerprint
 
@@ -166,6 +167,15 @@ def _tasks(arguments: argparse.Namespace) -> list[Task]:
     return tasks
 
 
+def _loops(tasks: list[Task]) -> dict[str, list[dict[str, str]]]:
+    """What is special about the code of each block, for docs/capture.md."""
+    named = {task.case.name: task.case for task in tasks}
+    return {
+        name: constructs(case.build(case.implementations[0]), case.found.module)
+        for name, case in named.items()
+    }
+
+
 def _command(arguments: argparse.Namespace) -> str:
     """What to type to measure the same again; where results go and how many at a time is left out."""
     words = ["python", "-m", "census.run"]
@@ -201,7 +211,8 @@ def _parser() -> argparse.ArgumentParser:
 def main() -> None:
     arguments = _parser().parse_args()
     file = results.path(transformers.__version__, arguments.out)
-    recorded = results.load(file)["rows"]
+    before = results.load(file)
+    recorded = before["rows"]
     tasks = _tasks(arguments)
     sources = _fingerprint()
     if arguments.resume:
@@ -217,6 +228,7 @@ def main() -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
         "command": _command(arguments),
         "date": datetime.date.today().isoformat(),
+        "loops": before.get("loops", {}) | _loops(tasks),
     }
     total: Counter[str] = Counter()
     complaints: list[str] = []

@@ -215,7 +215,7 @@ def loops(run: dict[str, Any]) -> list[str]:
     lines = []
     for case in sorted({r["case"] for r in rows}):
         mine = [r for r in rows if r["case"] == case]
-        loop = next((r["loop"] for r in mine if "loop" in r), [])
+        loop = run["loops"].get(case, [])
         lines.append(
             [
                 case,
