@@ -160,7 +160,10 @@ def _one_pass_stands_for_all(
     index = _index_in(canonical, indices[0])
     adds = [len(_effects(one, loop)) for one in loop.passes]
     expected = [1] * len(indices) + [0] * loop.last
-    if bound.index != [index] or adds != expected or loop.count != len(bound.visited):
+    experts = len(bound.visited)
+    # A mask may have rows beyond the experts, whose weights do not exist: no id may be that large.
+    fits = loop.count == experts or (loop.count > experts and ids_in_range(bound.topk_ids, experts))
+    if bound.index != [index] or adds != expected or not fits:
         raise Refusal(
             Code.ASSUMPTION,
             "for-loop over data-dependent rows: a pass does more or other than adding its expert's rows",
