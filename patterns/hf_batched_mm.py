@@ -111,6 +111,7 @@ class Biased(Batched):
 
 class BiasOfOtherIds(Biased):
     def linear(self, operand, weight, expert_ids, bias=None):
+        assert bias is not None
         out = super().linear(operand, weight, expert_ids)
         return out + bias[expert_ids.flip(0)]
 
@@ -119,6 +120,7 @@ class OneBias(Biased):
     """The same bias for every expert."""
 
     def linear(self, operand, weight, expert_ids, bias=None):
+        assert bias is not None
         return super().linear(operand, weight, expert_ids) + bias[0]
 
 
@@ -133,6 +135,7 @@ class BiasNotWeighted(Biased):
 
 class DoubleBias(Biased):
     def linear(self, operand, weight, expert_ids, bias=None):
+        assert bias is not None
         out = super().linear(operand, weight, expert_ids)
         return torch.add(out, bias[expert_ids], alpha=2)
 

@@ -400,7 +400,8 @@ def _count(out: Emitter, node: fx.Node, args: tuple[Any, ...], kwargs: dict) -> 
     if made.dim() > 1 or len(args) > 2:
         return None
     rank = value(base).dim()
-    dims = sorted(range(rank) if made.dim() == 0 else (d % rank for d in list(args)[1]))
+    given: Any = range(rank) if made.dim() == 0 else list(args)[-1]
+    dims = sorted(d % rank for d in given)
     while base.target in (aten._to_copy.default, aten.permute.default, aten.view.default):
         inner = node_arg(base, 0)
         if base.target is aten.permute.default:
