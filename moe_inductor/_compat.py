@@ -25,6 +25,7 @@ from torch import _TorchCompileWrapper as TorchCompileWrapper
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import convert_frame as dynamo_convert_frame
 from torch._dynamo import exc as dynamo_exc
+from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.output_graph import SubgraphTracer
 from torch._dynamo.side_effects import SideEffects
 from torch._dynamo.utils import numpy_operator_wrapper
@@ -37,7 +38,7 @@ from torch._dynamo.variables.base import ValueMutationNew, VariableTracker
 from torch._dynamo.variables.builtin import BuiltinVariable
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.iter import IteratorVariable
-from torch._dynamo.variables.builder import wrap_fx_proxy
+from torch._dynamo.variables.builder import VariableBuilder, wrap_fx_proxy
 from torch._dynamo.variables.lists import BaseListVariable, ListVariable
 from torch._dynamo.variables.misc import GetAttrVariable
 from torch._dynamo.variables.tensor import (
@@ -45,7 +46,7 @@ from torch._dynamo.variables.tensor import (
     SymNodeVariable,
     TensorVariable,
 )
-from torch._guards import TracingContext
+from torch._guards import Source, TracingContext
 
 # The only restart that Dynamo lets a backend raise; on a torch without it capture/scope.py does not install.
 try:
@@ -59,6 +60,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
 from torch.fx.experimental.symbolic_shapes import (
     ShapeEnv,
     constrain_range,

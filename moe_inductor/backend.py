@@ -102,7 +102,13 @@ class MoEInductor:
 
     def install(self) -> None:
         """Have frames compiled for this object captured as far as the stages can prove."""
-        scope.install(self, speculate=True, on_lost_frame=self._lost_frame)
+        scope.install(
+            self,
+            speculate=True,
+            roll=True,
+            roll_modules=True,
+            on_lost_frame=self._lost_frame,
+        )
 
     def _inductor(
         self, mode: str | None, options: dict[str, Any], name: str | None

@@ -78,6 +78,13 @@ class Sentinel(HitLoop):
         return out
 
 
+class SpareClass(HitLoop):
+    """nemotron_h: one class more than experts, and no test for it, because no id is that large."""
+
+    def mask(self, topk_ids):
+        return F.one_hot(topk_ids, num_classes=NUM_EXPERTS + 1).permute(2, 1, 0)
+
+
 class OutOfPlace(HitLoop):
     def experts(self, x, topk_ids, topk_weights):
         out, mask = self.start(x), self.mask(topk_ids)
@@ -262,6 +269,7 @@ HIT_LIST = HitListSpelling(
         Sample(name="counted", build=Counted),
         Sample(name="counts", build=Counts),
         Sample(name="sentinel", build=Sentinel),
+        Sample(name="spare_class", build=SpareClass),
         Sample(name="out_of_place", build=OutOfPlace),
         Sample(name="skips_empty", build=SkipsEmpty),
         Sample(name="if_any", build=IfAny),

@@ -73,6 +73,35 @@ class Rolled:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class RolledModules:
+    """Like ``Rolled``, for experts that are modules of a list: traced twice, with the first two experts.
+
+    indices: the nodes ``expert_index(rows, count)`` of the two passes.
+    passes: one with expert 0, one with expert 1, and a third for the number ``count`` if ``last``.
+    experts: the inputs of expert ``e``: ``experts[e][p]`` stands where ``experts[0][p]`` does in the
+    first pass.  The one node in ``kept`` reads them all, so that Dynamo lets them be; it raises if it is run.
+
+    What is already known, besides what is known for ``Rolled``: the second pass is the first with
+    ``indices[1]`` for ``indices[0]`` and the inputs of expert 1 for those of expert 0 (an input of expert 0
+    that the model reads in each pass is therefore not in the list); every other expert would give the
+    first pass with its own inputs, because whatever Dynamo read of expert 0 is the same there; and guards
+    see to it that this stays so.  So the first pass is what eager executes for each row, if one puts the
+    row's value for the index and that expert's inputs for those of expert 0.
+
+    Right only if what is said for ``Rolled`` holds for the first pass.  The second pass is not needed for
+    that: it is there because it was traced, and has to go with the first.
+    """
+
+    indices: list[torch.fx.Node]
+    count: int
+    last: bool
+    location: str
+    passes: list[Pass] = dataclasses.field(default_factory=list)
+    experts: list[list[torch.fx.Node]] = dataclasses.field(default_factory=list)
+    kept: list[torch.fx.Node] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class NonEmpty:
     """A test of the data-dependent number ``symbol`` was answered as for a number of at least 1.
 
@@ -132,4 +161,4 @@ class Length:
         return [Pass(nodes=[self.marker])]
 
 
-Assumption = Visited | Rolled | NonEmpty | Tested | Kept | Length
+Assumption = Visited | Rolled | RolledModules | NonEmpty | Tested | Kept | Length

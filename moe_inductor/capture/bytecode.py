@@ -46,7 +46,8 @@ class Bytecode:
         self.jumps = [self._jumps(i) for i in range(len(instructions))]
         accesses = [locals_of(inst) for inst in instructions]
         self.written = [written for _, written in accesses]
-        self._live = self._liveness([read for read, _ in accesses])
+        self._read = [read for read, _ in accesses]
+        self._live: dict[frozenset[int], list[set[str]]] = {}
 
     def ids(self, indices: Iterable[int]) -> frozenset[int]:
         return frozenset(id(self.instructions[i]) for i in indices)
@@ -62,9 +63,16 @@ class Bytecode:
         return seen
 
     def carried(self, body: set[int], joins: list[int]) -> frozenset[str]:
-        """Locals that the body writes and somebody reads after it, its next pass included."""
+        """Locals that the body writes and somebody reads after it, its next pass included.
+
+        A body that an exception leaves or continues in is given up when it is traced, so the ways from the body
+        into its handlers are not counted: ``with torch.no_grad():`` has one, and comes back from it.
+        """
+        key = frozenset(body)
+        if key not in self._live:
+            self._live[key] = self._liveness(key)
         written = set().union(*(self.written[i] for i in body))
-        return frozenset(written & set().union(*(self._live[j] for j in joins)))
+        return frozenset(written & set().union(*(self._live[key][j] for j in joins)))
 
     def after_jumps(self, i: int) -> int:
         """Where control arrives that only jumps from ``i`` on."""
@@ -208,23 +216,23 @@ class Bytecode:
             targets.append(i + 1)
         return targets
 
-    def _liveness(self, read: list[set[str]]) -> list[set[str]]:
+    def _liveness(self, without_handlers: frozenset[int]) -> list[set[str]]:
         """The locals that may still be read, before each instruction."""
-        # Any instruction of a try may also continue in its handler.
-        successors = [
-            jumps + ([self.index[id(inst.exn_tab_entry.target)]] if inst.exn_tab_entry else [])
-            for jumps, inst in zip(self.jumps, self.instructions, strict=True)
+        # Any instruction of a try may also continue in its handler, before it has written anything.
+        handlers = [
+            self.index[id(inst.exn_tab_entry.target)]
+            if inst.exn_tab_entry and i not in without_handlers
+            else None
+            for i, inst in enumerate(self.instructions)
         ]
         live: list[set[str]] = [set() for _ in self.instructions]
         changed = True
         while changed:
             changed = False
             for i in range(len(live) - 1, -1, -1):
-                after = set().union(*(live[s] for s in successors[i]))
-                # A write does not end liveness on the way into a handler; keeping it is the safe side.
-                if not self.instructions[i].exn_tab_entry:
-                    after -= self.written[i]
-                before = read[i] | after
+                after = set().union(*(live[s] for s in self.jumps[i])) - self.written[i]
+                handler = handlers[i]
+                before = self._read[i] | after | (live[handler] if handler is not None else set())
                 if before != live[i]:
                     live[i], changed = before, True
         return live

@@ -64,6 +64,7 @@ class Region:
     inside: bool
     code: Bytecode
     rolled: bool = False  # one pass stands for all
+    on_close: Callable[[], None] = lambda: None
     size: Any = None  # the sympy.Symbol that is 0 where the body is skipped, if that is how it is
     older: dict[int, Any] = dataclasses.field(default_factory=dict)
     closed: bool = False
@@ -186,6 +187,8 @@ def watch(region: Region, give_up: Callable[[Region, Impure], None]) -> None:
                 region.after_step()
             except Impure as impure:
                 give_up(region, impure)
+            if region.closed:
+                region.on_close()
         return result
 
     tx.step = checked_step

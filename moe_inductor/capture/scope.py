@@ -31,7 +31,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 
 from moe_inductor import _compat
-from moe_inductor.capture.assumptions import Assumption, Rolled
+from moe_inductor.capture.assumptions import Assumption, Rolled, RolledModules
 from moe_inductor.reasons import Code, NotFused, Reason
 
 log = logging.getLogger(__name__)
@@ -71,6 +71,7 @@ class _Settings:
     backend: object
     speculate: bool
     roll: bool
+    roll_modules: bool
     on_lost_frame: Callable[[], None]
 
 
@@ -98,6 +99,7 @@ class _Frame:
         default_factory=set
     )  # loops that need each expert's number
     sentinels: set[str] = dataclasses.field(default_factory=set)  # loops whose last row is none
+    paired: set[str] = dataclasses.field(default_factory=set)  # loops over experts that are modules
     given_up: Reason | None = None  # why the level went down, the first time
 
 
@@ -113,9 +115,9 @@ class Attempt:
     restarted: bool = False  # a restart was raised; somebody may have caught it
     read_a_number: bool = False  # Tensor.item() was traced, which need not leave a node behind
     assumptions: list[Assumption] = dataclasses.field(default_factory=list)
-    rolled: dict[Any, Rolled] = dataclasses.field(
-        default_factory=dict
-    )  # by the symbol of the index
+    # By the symbol of the index: its loop, and in which of the loop's passes it is.
+    rolled: dict[Any, tuple[Rolled | RolledModules, int]] = dataclasses.field(default_factory=dict)
+    indexed: dict[Any, Any] = dataclasses.field(default_factory=dict)  # alike.Indexed
     regions: list[Any] = dataclasses.field(default_factory=list)  # purity.Region
 
 
@@ -137,6 +139,7 @@ def install(
     *,
     speculate: bool = False,
     roll: bool = False,
+    roll_modules: bool = False,
     on_lost_frame: Callable[[], None] = lambda: None,
 ) -> bool:
     """Turn scoped capture on for ``backend``, recognised by identity.  Idempotent.
@@ -149,6 +152,7 @@ def install(
     ``scope.assumptions()``.
 
     roll: also trace a loop over experts only once, on assumptions of the kind ``Rolled``.
+    roll_modules: and one over experts that are modules twice, ``RolledModules``.
 
     on_lost_frame: called when a frame that was given up ends without another compile call: Dynamo
     skips a frame, for instance, whose graph it would have to break inside of a loop.
@@ -158,7 +162,9 @@ def install(
             return False
         if speculate:
             importlib.import_module("moe_inductor.capture.speculate").hook()
-        _installed[id(backend)] = _Settings(backend, speculate, speculate and roll, on_lost_frame)
+        _installed[id(backend)] = _Settings(
+            backend, speculate, speculate and roll, roll_modules, on_lost_frame
+        )
     return True
 
 
@@ -278,6 +284,14 @@ def split_last(location: str) -> NoReturn:
     attempt = _state.attempt
     assert attempt is not None
     attempt.frame.sentinels.add(location)
+    raise _restart(attempt, next_level=attempt.level)
+
+
+def pair(location: str) -> NoReturn:
+    """The loop at ``location`` is one over modules: trace this frame again, and it with two of them."""
+    attempt = _state.attempt
+    assert attempt is not None
+    attempt.frame.paired.add(location)
     raise _restart(attempt, next_level=attempt.level)
 
 

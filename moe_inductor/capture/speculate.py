@@ -22,8 +22,16 @@ from typing import Any, NoReturn
 import torch
 
 from moe_inductor import _compat
-from moe_inductor.capture import emptiness, purity, rolled, scope
-from moe_inductor.capture.assumptions import Kept, Length, NonEmpty, Rolled, Tested, Visited
+from moe_inductor.capture import alike, emptiness, purity, rolled, scope
+from moe_inductor.capture.assumptions import (
+    Kept,
+    Length,
+    NonEmpty,
+    Rolled,
+    RolledModules,
+    Tested,
+    Visited,
+)
 from moe_inductor.capture.marker import keep
 from moe_inductor.reasons import Code, Reason
 
@@ -169,6 +177,7 @@ def _listed(number: int, dims: int) -> Any:
 def _step(original: Any, attempt: scope.Attempt, tx: Any) -> Any:
     """One instruction of the model.  What lies on the stack is answered before Dynamo looks at it."""
     pointer = tx.instruction_pointer
+    then = None
     if pointer is not None and tx.stack:
         coming = tx.instructions[pointer]
         wrong = _looks_for_a_number(tx.stack, coming)
@@ -178,8 +187,11 @@ def _step(original: Any, attempt: scope.Attempt, tx: Any) -> Any:
             why = "a number that depends on the data is looked for in a list"
             scope.stop_capturing(Reason(Code.CONTROL_FLOW, why, _short(_location(tx, coming))))
         if scope.speculating() is not None:
-            _before(attempt, tx, coming)
-    return original(tx)
+            then = _before(attempt, tx, coming)
+    result = original(tx)
+    if then is not None:
+        then()
+    return result
 
 
 def _looks_for_a_number(stack: list[Any], coming: Any) -> list[Any]:
@@ -191,39 +203,50 @@ def _looks_for_a_number(stack: list[Any], coming: Any) -> list[Any]:
     operands = stack[-2:]
     if coming.opname == "CONTAINS_OP":
         held = operands[-1]
-        if type(held) is Hits or not isinstance(held, _compat.BaseListVariable):
+        if type(held) is Hits or not _is(held, _compat.BaseListVariable):
             return []
         operands = [operands[0], *held.items]
-    return [value for value in operands if isinstance(value, _compat.SymNodeVariable)]
+    return [value for value in operands if _is(value, _compat.SymNodeVariable)]
 
 
-def _before(attempt: scope.Attempt, tx: Any, coming: Any) -> None:
+def _before(attempt: scope.Attempt, tx: Any, coming: Any) -> Callable[[], None] | None:
+    """What to do before the instruction.  Returns what to do after it."""
     if coming.opname.startswith("POP_JUMP"):
         _answer_test(attempt, tx, coming)
     elif coming.opname == "GET_ITER" and type(tx.stack[-1]) is Hits:
         _iterate(attempt, tx, coming)
     elif coming.opname in ("BINARY_SUBSCR", "BINARY_OP", "COMPARE_OP", "CALL"):
+        then = _index_modules(attempt, tx) if _is_subscript(coming) and attempt.rolled else None
+        if then is not None:
+            return then
         _use_of_rolled(tx, coming)
     if coming.opname == "CALL" and any(_function_of(f) is len for f in tx.stack[-3:-1]):
         _note_length_of_pieces(attempt, tx.stack[-1], _location(tx, coming))
+    return None
+
+
+def _is_subscript(instruction: Any) -> bool:
+    return instruction.opname == "BINARY_SUBSCR" or (
+        instruction.opname == "BINARY_OP" and instruction.arg == _SUBSCRIPT
+    )
 
 
 def _use_of_rolled(tx: Any, coming: Any) -> None:
     """Where the model may use a row of the hit list, give Dynamo what it knows to handle there."""
     stack, right = tx.stack, tx.stack[-1]
-    rows = [value for value in stack[-2:] if isinstance(value, rolled.RolledIndex)]
+    rows = [value for value in stack[-2:] if _is(value, rolled.RolledIndex)]
     if not rows:
         return
     if coming.opname == "CALL":
         if (
-            right in rows
+            rows[-1] is right
             and coming.arg == 1
             and any(_function_of(f) in _NUMBER_OF for f in stack[-3:-1])
         ):
             stack[-1] = right.number
         return
     beside_tensor = any(isinstance(value, _compat.TensorVariable) for value in stack[-2:])
-    if coming.opname == "BINARY_SUBSCR" or (coming.opname, coming.arg) == ("BINARY_OP", _SUBSCRIPT):
+    if _is_subscript(coming):
         if rows[-1] is right and beside_tensor:
             if right.dims:  # x[e] with e of shape [1] keeps the dimension
                 one = _compat.ConstantVariable.create(1)
@@ -234,7 +257,7 @@ def _use_of_rolled(tx: Any, coming: Any) -> None:
     tested = following.startswith("POP_JUMP") or following == "TO_BOOL"
     beside_tensor &= not any(row.dims for row in rows)
     if beside_tensor or (coming.opname == "COMPARE_OP" and tested):
-        stack[-2:] = [v.number if isinstance(v, rolled.RolledIndex) else v for v in stack[-2:]]
+        stack[-2:] = [v.number if _is(v, rolled.RolledIndex) else v for v in stack[-2:]]
 
 
 def _answer_test(attempt: scope.Attempt, tx: Any, jump: Any) -> None:
@@ -243,9 +266,9 @@ def _answer_test(attempt: scope.Attempt, tx: Any, jump: Any) -> None:
     location = _location(tx, jump)
     if location in attempt.frame.distrusted:
         return
-    if isinstance(value, _compat.SymNodeVariable) and _rolled_loops(attempt, value.sym_num):
+    if _is(value, _compat.SymNodeVariable) and _rolled_loops(attempt, value.sym_num):
         tx.stack[-1] = _compat.ConstantVariable.create(_decide(attempt, value.sym_num))
-    elif isinstance(value, _compat.SymNodeVariable):
+    elif _is(value, _compat.SymNodeVariable):
         found = emptiness.of_number(value.sym_num)
         if found is None:
             return
@@ -303,13 +326,10 @@ def _iterate(attempt: scope.Attempt, tx: Any, start: Any) -> None:
     )
     if region is None:
         give_up("the loop over the list of hit experts", location)
-    one = _roll(attempt, tx, region, hits.rows, hits.bound, hits.dims)
-    if one is not None:
-        numbers = [
-            each.listed(tx) if isinstance(each, rolled.RolledIndex) else each for each in one
-        ]
-        last = [_listed(hits.bound - 1, hits.dims)] if len(one) > 1 else []
-        elements = [*numbers[:1], *last]
+    elements: list[Any] | None = _roll(attempt, tx, region, hits.rows, hits.bound, hits.dims)
+    if elements is not None:
+        last = _listed(hits.bound - 1, hits.dims)
+        elements = [each.listed(tx) if _is(each, rolled.RolledIndex) else last for each in elements]
     else:
         attempt.assumptions.append(
             Visited(keep(tx, hits.rows), hits.bound, location, region.passes)
@@ -329,21 +349,80 @@ def _roll(
     count = bound - 1 if last else bound
     if count < rolled.MIN_EXPERTS:
         return None
-    node, number = rolled.make_index(tx, rows, count)
-    assumption = Rolled(node, count, last, location, region.passes)
-    attempt.assumptions.append(assumption)
-    attempt.rolled[number.sym_num.node.expr] = assumption
+    paired = location in frame.paired
+    made = [rolled.make_index(tx, rows, count) for _ in range(2 if paired else 1)]
+    nodes = [node for node, _ in made]
+    if paired:
+        loop = RolledModules(nodes, count, last, location, region.passes)
+        region.on_close = functools.partial(_lift_experts, attempt, tx, loop)
+    else:
+        loop = Rolled(nodes[0], count, last, location, region.passes)
+    attempt.assumptions.append(loop)
     region.rolled = True
-    row = rolled.RolledIndex(number, dims, lambda use: scope.unroll(location))
-    return [row, ExpertIndex(bound - 1, dims)] if last else [row]
+    elements: list[Any] = []
+    for traced, (_, number) in enumerate(made):
+        attempt.rolled[number.sym_num.node.expr] = (loop, traced)
+        elements.append(rolled.RolledIndex(number, dims, lambda use: scope.unroll(location)))
+    return [*elements, ExpertIndex(bound - 1, dims)] if last else elements
 
 
-def _rolled_loops(attempt: scope.Attempt, number: Any) -> list[Rolled]:
+def _index_modules(attempt: scope.Attempt, tx: Any) -> Callable[[], None] | None:
+    """``self.experts[e]`` for a list of modules: trace it for a representative."""
+    key = tx.stack[-1]
+    number = key.number if _is(key, rolled.RolledIndex) else key
+    if not _is(number, _compat.SymNodeVariable) or not isinstance(number.sym_num, torch.SymInt):
+        return None
+    found = attempt.rolled.get(number.sym_num.node.expr)
+    if found is None:
+        return None
+    container = tx.stack[-2].realize() if hasattr(tx.stack[-2], "realize") else tx.stack[-2]
+    modules = getattr(container, "value", None)
+    if type(modules) is not torch.nn.ModuleList:
+        return None
+    loop, traced = found
+    if not attempt.frame.settings.roll_modules:
+        scope.unroll(loop.location)
+    if loop.location not in attempt.frame.paired:
+        scope.pair(loop.location)
+    if len(modules) < loop.count or tx.output.current_tracer.parent is not None:
+        scope.unroll(loop.location)
+    tx.stack[-1] = _compat.ConstantVariable.create(traced)
+    indexed = attempt.indexed.setdefault((loop, id(modules)), alike.Indexed(modules))
+
+    def note_source() -> None:
+        try:
+            source = alike.source_of(tx.stack[-1], traced)
+        except alike.Unlike:
+            scope.unroll(loop.location)
+        if indexed.sources.setdefault(traced, source) != source:
+            scope.unroll(loop.location)
+
+    return note_source
+
+
+def _lift_experts(attempt: scope.Attempt, tx: Any, loop: RolledModules) -> None:
+    """The two passes of a loop over modules have been traced."""
+    of_loop = [indexed for (where, _), indexed in attempt.indexed.items() if where is loop]
+    try:
+        lifted = [alike.lift(tx, indexed, loop.count) for indexed in of_loop]
+    except alike.Unlike:
+        scope.unroll(loop.location)
+    loop.experts.extend(
+        [node for each in lifted for node in each[number]] for number in range(loop.count)
+    )
+    renamed = dict(zip(loop.experts[0], loop.experts[1], strict=True))
+    renamed[loop.indices[0]] = loop.indices[1]
+    if not alike.same_pass(loop.passes[0].nodes, loop.passes[1].nodes, renamed):
+        scope.unroll(loop.location)
+    loop.kept.append(alike.keep(tx, loop.experts))
+
+
+def _rolled_loops(attempt: scope.Attempt, number: Any) -> list[Rolled | RolledModules]:
     """The loops whose expert ``number`` depends on."""
     if not attempt.rolled or not isinstance(number, (torch.SymInt, torch.SymBool, torch.SymFloat)):
         return []
     symbols = number.node.expr.free_symbols
-    return [loop for symbol, loop in attempt.rolled.items() if symbol in symbols]
+    return [loop for symbol, (loop, _) in attempt.rolled.items() if symbol in symbols]
 
 
 def _unroll_if_rolled(attempt: scope.Attempt, number: Any) -> None:
@@ -477,9 +556,7 @@ def _use_of_number(dims: int) -> str | None:
     """None if the instruction being traced may use the number in place of the tensor."""
     tx = _innermost()
     opname = tx.current_instruction.opname
-    if opname == "BINARY_SUBSCR" or (
-        opname == "BINARY_OP" and tx.current_instruction.arg == _SUBSCRIPT
-    ):
+    if _is_subscript(tx.current_instruction):
         return None
     if (
         opname == "COMPARE_OP"
@@ -523,6 +600,11 @@ def _builtin_being_called() -> Any:
         if frame is None:
             return None
     return None
+
+
+def _is(tracker: Any, kind: type) -> bool:
+    """``isinstance`` without looking: Dynamo's realizes what it is asked about, which changes the graph's inputs."""
+    return issubclass(type(tracker), kind)
 
 
 def _function_of(tracker: Any) -> Any:

@@ -41,7 +41,7 @@ class Bound:
 
     output [T, H]; x [.., H], topk_ids and topk_weights with T*k elements, each up to a reshape.
     visited: expert ids in the order a loop adds them up; range(E) for the other spellings.
-    traced: how many of these the graph holds; the others are the same code (``region/fold.py``).
+    traced: the experts of the passes that the graph holds, as in ``match.loop.Group``.
     """
 
     spelling: ExpertsSpelling
@@ -55,12 +55,17 @@ class Bound:
     up: Weight | None
     down: Weight
     visited: tuple[int, ...]
-    traced: int
+    traced: tuple[int | fx.Node, ...]
     router: BoundRouter | None = None
 
     @property
     def projections(self) -> tuple[Weight | None, ...]:
         return self.gate_up, self.up, self.down
+
+    @property
+    def index(self) -> list[fx.Node]:
+        """The symbolic index of the one pass that stands for all, if there is one."""
+        return [e for e in self.traced if isinstance(e, fx.Node)]
 
     def inputs(self) -> list[fx.Node]:
         """The tensors a fused block reads, in the order that ``prove.reference_of`` takes them."""

@@ -169,7 +169,7 @@ class _Attempt:
             up=group.up,
             down=group.down,
             visited=visited,
-            traced=group.traced or len(visited),
+            traced=group.traced or visited,
         )
 
     def _check_trace(self, moe: MoE, iteration: Iteration, group: Group) -> None:

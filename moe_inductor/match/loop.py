@@ -45,7 +45,8 @@ class Iteration:
 class Group:
     """A whole block.  Weights are in the order of expert ids; visited is the order of a loop's sum.
 
-    traced: how many of the visited experts are in the graph; the others are folded into these.
+    traced: the experts of the passes that are in the graph.  The others are folded into these (``region/fold.py``), or
+    there is one pass for all, whose expert is the node of a symbolic index (``capture/rolled.py``).
     """
 
     output: fx.Node
@@ -53,8 +54,8 @@ class Group:
     gate_up: Weight
     up: Weight | None
     down: Weight
-    visited: tuple[int, ...] | None
-    traced: int | None = None
+    visited: tuple[Any, ...] | None
+    traced: tuple[int | fx.Node, ...] = ()
 
 
 def group_iterations(iterations: list[Iteration], folded: Folded | None = None) -> Group:
@@ -71,17 +72,20 @@ def group_iterations(iterations: list[Iteration], folded: Folded | None = None) 
                 location(it.output),
             )
     traced = _expert_ids(chain)
-    visited = traced
-    if folded is not None:
-        visited = folded.ids
-        if visited[: len(traced)] != traced:
-            raise Refusal(Code.SPELLING, "", location(chain[0].output))
+    is_rolled = isinstance(traced[0], fx.Node)
+    if folded is not None and not is_rolled and folded.ids[: len(traced)] != traced:
+        raise Refusal(Code.SPELLING, "", location(chain[0].output))
     gate_up, *up = [
         _weight(chain, traced, [it.unit.projections[i] for it in chain], folded)
         for i in range(len(first.unit.projections))
     ]
     down = _weight(chain, traced, [it.second for it in chain], folded)
     num_experts = value(down.nodes[0]).shape[0] if down.is_stacked else len(down.nodes)
+    visited = folded.ids if folded is not None else traced
+    if isinstance(
+        traced[0], fx.Node
+    ):  # how many it stands for is an assumption, and proved as such
+        visited = tuple(range(num_experts))
     last = location(chain[-1].output)
     if len(set(visited)) < len(visited):
         twice = next(e for e in visited if visited.count(e) > 1)
@@ -96,7 +100,7 @@ def group_iterations(iterations: list[Iteration], folded: Folded | None = None) 
         up[0] if up else None,
         down,
         visited,
-        traced=len(traced),
+        traced,
     )
 
 
@@ -123,7 +127,7 @@ def _chain(iterations: list[Iteration]) -> list[Iteration]:
     return chain
 
 
-def _expert_ids(chain: list[Iteration]) -> tuple[int, ...]:
+def _expert_ids(chain: list[Iteration]) -> tuple[Any, ...]:
     """The id each iteration selects tokens with: the one constant in which its pattern nodes differ from the first's.
 
     Constants are wildcards of the pattern, so corresponding nodes of two iterations can be compared
@@ -143,18 +147,17 @@ def _expert_ids(chain: list[Iteration]) -> tuple[int, ...]:
     return tuple(int(bound_nodes(it.match)[part].args[i]) for it in chain)  # type: ignore[arg-type]
 
 
-def _only_select(nodes: Any) -> int:
+def _only_select(nodes: Any) -> int | fx.Node:
     for node in nodes:
-        if node.target is aten.select.int and isinstance(node.args[2], int):
-            return node.args[2]
-        if node.target is aten.eq.Scalar and isinstance(node.args[1], int):
-            return node.args[1]
+        position = {aten.select.int: 2, aten.eq.Scalar: 1}.get(node.target)
+        if position is not None and isinstance(node.args[position], (int, fx.Node)):
+            return node.args[position]
     return 0
 
 
 def _weight(
     chain: list[Iteration],
-    traced: tuple[int, ...],
+    traced: tuple[Any, ...],
     projections: list[dict[str, Any]],
     folded: Folded | None,
 ) -> Weight:
@@ -176,7 +179,7 @@ def _weight(
 
 def _tensors(
     chain: list[Iteration],
-    traced: tuple[int, ...],
+    traced: tuple[Any, ...],
     sources: list[fx.Node],
     folded: Folded | None,
 ) -> tuple[tuple[fx.Node, ...], bool]:

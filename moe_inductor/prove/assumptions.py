@@ -21,8 +21,18 @@ from typing import Any
 import torch
 from torch import fx
 
-from moe_inductor.capture.assumptions import Assumption, Length, NonEmpty, Pass, Tested, Visited
+from moe_inductor.capture.assumptions import (
+    Assumption,
+    Length,
+    NonEmpty,
+    Pass,
+    Rolled,
+    RolledModules,
+    Tested,
+    Visited,
+)
 from moe_inductor.capture.marker import take
+from moe_inductor.capture.rolled import EXPERT_INDEX
 from moe_inductor.match.api import ChosenSpelling, HitListSpelling, combinations
 from moe_inductor.match.bind import Bound
 from moe_inductor.match.experts import ids_in_range
@@ -30,7 +40,7 @@ from moe_inductor.prove.expressions import Numbering
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.canonical import Canonical, trace
 from moe_inductor.region.find import Region
-from moe_inductor.region.fold import sum_steps
+from moe_inductor.region.fold import Fold, fold, fold_rolled, sum_steps
 from moe_inductor.region.nodes import is_integral, mutated, storages, unbacked, value
 from moe_inductor.region.normalise import normalise
 
@@ -49,6 +59,13 @@ class Assumed:
         self.kept: dict[Assumption, fx.Node] = {
             a: take(a.marker) for a in self.all if isinstance(a, (Visited, Tested, Length))
         }
+        for loop in self.all:
+            if isinstance(loop, Rolled):
+                self.kept[loop] = loop.index.all_input_nodes[0]
+            elif isinstance(loop, RolledModules):
+                self.kept[loop] = loop.indices[0].all_input_nodes[0]
+                for node in loop.kept:
+                    node.graph.erase_node(node)
 
     def concerning(self, region: Region) -> list[Assumption]:
         """Those that the region was traced under."""
@@ -58,6 +75,15 @@ class Assumed:
             for a in self.all
             if self.kept.get(a) in members or any(n in members for p in a.passes for n in p.nodes)
         ]
+
+    def fold(self, region: Region) -> Fold | None:
+        """What stands for passes of the region's loop that need not be traced again."""
+        for loop in self.concerning(region):
+            if isinstance(loop, Rolled):
+                return None
+            if isinstance(loop, RolledModules):
+                return fold_rolled(region, loop.passes, loop.experts)
+        return fold(region, self.guards(region))
 
     def guards(self, region: Region) -> dict[fx.Node, list[fx.Node]]:
         """For each addition to the sum, the tensors whose test decides whether it is made."""
@@ -75,7 +101,9 @@ class Assumed:
         return [
             a
             for a in self.all
-            if a not in self.proved or any(n in alive for p in a.passes for n in p.nodes)
+            if a not in self.proved
+            or any(n in alive for p in a.passes for n in p.nodes)
+            or any(n in alive for n in _indices(a))
         ]
 
 
@@ -95,7 +123,13 @@ def prove_assumptions(
         if isinstance(assumption, Visited):
             _each_pass_adds_its_expert(assumption, bound)
             rows = assumed.kept[assumption]
-            _lists_every_chosen_expert(canonical, assumption, rows, bound, hit_lists)
+            classes = assumption.bound
+            _lists_every_chosen_expert(canonical, assumption, rows, bound, classes, hit_lists)
+        elif isinstance(assumption, (Rolled, RolledModules)):
+            _one_pass_stands_for_all(canonical, assumption, bound)
+            rows = assumed.kept[assumption]
+            classes = assumption.count + assumption.last
+            _lists_every_chosen_expert(canonical, assumption, rows, bound, classes, hit_lists)
         elif isinstance(assumption, NonEmpty):
             _guards_its_own_rows(assumption)
         elif isinstance(assumption, Tested):
@@ -118,18 +152,40 @@ def _each_pass_adds_its_expert(loop: Visited, bound: Bound) -> None:
         )
 
 
+def _one_pass_stands_for_all(
+    canonical: Canonical, loop: Rolled | RolledModules, bound: Bound
+) -> None:
+    """A pass makes the one addition of expert ``index``, which is each of the experts, and no other."""
+    indices = _indices(loop)
+    index = _index_in(canonical, indices[0])
+    adds = [len(_effects(one, loop)) for one in loop.passes]
+    expected = [1] * len(indices) + [0] * loop.last
+    experts = len(bound.visited)
+    # A mask may have rows beyond the experts, whose weights do not exist: no id may be that large.
+    fits = loop.count == experts or (loop.count > experts and ids_in_range(bound.topk_ids, experts))
+    if bound.index != [index] or adds != expected or not fits:
+        raise Refusal(
+            Code.ASSUMPTION,
+            "for-loop over data-dependent rows: a pass does more or other than adding its expert's rows",
+            _where(loop),
+        )
+
+
 def _lists_every_chosen_expert(
     canonical: Canonical,
-    loop: Visited,
+    loop: Visited | Rolled | RolledModules,
     listed: fx.Node,
     bound: Bound,
+    num_classes: int,
     hit_lists: Sequence[HitListSpelling],
 ) -> None:
     """``rows`` is a known function of ``topk_ids`` whose value is the sorted list of the ids that occur."""
     rows = _held_in(canonical, listed)
-    for spelling in hit_lists if rows is not None else ():
+    for spelling in hit_lists:
         for facts in combinations(spelling.facts):
-            if is_hit_list(canonical, rows, bound, loop.bound, spelling, facts):
+            if rows is not None and is_hit_list(
+                canonical, rows, bound, num_classes, spelling, facts
+            ):
                 return
     raise Refusal(
         Code.ASSUMPTION,
@@ -163,17 +219,22 @@ def _asks_whether_chosen(
 ) -> None:
     """The value is a known function of ``topk_ids`` that says whether expert e occurs; only its rows depend on it."""
     steps = sum_steps(canonical.region)
-    number = dict(zip(steps, bound.visited, strict=False))
+    ids = bound.index * len(steps) or bound.visited
+    number = dict(zip(steps, ids, strict=False))
     effects = [node for one in test.passes for node in _effects(one, test)]
     experts = {number.get(node) for node in effects}
     asked = _held_in(canonical, tested)
-    if len(steps) == len(bound.visited) and len(experts) <= 1:
+    if len(steps) == len(ids) and len(experts) <= 1:
         (e,) = experts or {None}
         if not effects:
             return  # it decides about nothing
         if e is not None and (
             # The test of a pass that is folded was compared with those that are not.
-            (asked is None and effects[0] in steps[bound.traced :] and canonical.folded is not None)
+            (
+                asked is None
+                and effects[0] in steps[len(bound.traced) :]
+                and canonical.folded is not None
+            )
             or _is_known_test(canonical, asked, e, test.truth, bound, spellings)
         ):
             return
@@ -187,7 +248,7 @@ def _asks_whether_chosen(
 def _is_known_test(
     canonical: Canonical,
     asked: fx.Node | None,
-    e: int,
+    e: int | fx.Node,
     truth: bool,
     bound: Bound,
     spellings: Sequence[ChosenSpelling],
@@ -204,35 +265,45 @@ def is_chosen_test(
     canonical: Canonical,
     asked: fx.Node,
     bound: Bound,
-    e: int,
+    e: int | fx.Node,
     spelling: ChosenSpelling,
     facts: dict[str, object],
 ) -> bool:
     """Is ``asked`` what the spelling with these facts asks about expert ``e``?"""
-    return _equals(canonical, asked, bound, lambda ids: spelling.reference(ids, e, **facts))
+    given = [e] if isinstance(e, fx.Node) else []
+    return _equals(
+        canonical,
+        asked,
+        bound,
+        lambda ids, *index: spelling.reference(ids, *(index or (e,)), **facts),
+        given,
+    )
 
 
 def _equals(
     canonical: Canonical,
     node: fx.Node,
     bound: Bound,
-    reference: Callable[[torch.Tensor], torch.Tensor],
+    reference: Callable[..., torch.Tensor],
+    further: Sequence[fx.Node] = (),
 ) -> bool:
-    """Is ``node`` the value of ``reference(topk_ids)``, up to a view?"""
+    """Is ``node`` the value of ``reference(topk_ids, *further)``, up to a view?"""
 
-    def of_ids(topk_ids: torch.Tensor) -> torch.Tensor:
-        return reference(topk_ids.reshape(-1, bound.moe.top_k))
+    def of_ids(topk_ids: torch.Tensor, *others: Any) -> torch.Tensor:
+        return reference(topk_ids.reshape(-1, bound.moe.top_k), *others)
 
+    inputs = [bound.topk_ids, *further]
     try:
-        traced = trace(of_ids, [value(bound.topk_ids)], canonical.fake_mode)
+        traced = trace(of_ids, [value(n) for n in inputs], canonical.fake_mode)
     except Exception:  # it does not run with these ids, so it is not what the model ran
         return False
     graph, _ = normalise(traced.graph)
-    (ids,) = (n for n in graph.nodes if n.op == "placeholder")
     (output,) = (n for n in graph.nodes if n.op == "output")
     numbering = Numbering()
-    numbering.leaf(bound.topk_ids, "topk_ids")
-    numbering.leaf(ids, "topk_ids")
+    placeholders = (n for n in graph.nodes if n.op == "placeholder")
+    for name, (mine, theirs) in enumerate(zip(inputs, placeholders, strict=True)):
+        numbering.leaf(mine, name)
+        numbering.leaf(theirs, name)
     return numbering.number(_unviewed(node)) == numbering.number(_unviewed(output.args[0]))
 
 
@@ -296,6 +367,20 @@ def _effects(one: Pass, assumption: Assumption) -> list[fx.Node]:
 def _held_in(canonical: Canonical, dynamo: fx.Node) -> fx.Node | None:
     """The normal-form node whose value the Dynamo node holds."""
     return next((n for n, held in canonical.dynamo_of.items() if dynamo in held), None)
+
+
+def _indices(assumption: Assumption) -> list[fx.Node]:
+    """The symbolic indices of a loop that was rolled; none of another assumption."""
+    if isinstance(assumption, Rolled):
+        return [assumption.index]
+    return assumption.indices if isinstance(assumption, RolledModules) else []
+
+
+def _index_in(canonical: Canonical, dynamo: fx.Node) -> fx.Node | None:
+    """The normal form of a symbolic index: made of the same rows."""
+    rows = _held_in(canonical, dynamo.all_input_nodes[0])
+    made = [n for n in canonical.graph.nodes if n.target is EXPERT_INDEX and n.args[0] is rows]
+    return made[0] if len(made) == 1 else None
 
 
 def _unviewed(node: Any) -> fx.Node:

@@ -26,8 +26,8 @@ from moe_inductor.region.normalise import normalise
 
 def prove_experts(canonical: Canonical, bound: Bound) -> None:
     """``bound.output`` equals the reference of its spelling.  Raises Refusal(PROOF) with the first difference."""
-    outputs, inputs = [bound.output], bound.inputs()
-    _same(canonical, outputs, inputs, reference_of(bound), canonical.autocast, Code.PROOF)
+    inputs = [*bound.inputs(), *bound.index]
+    _same(canonical, [bound.output], inputs, reference_of(bound), canonical.autocast, Code.PROOF)
 
 
 def prove_router(canonical: Canonical, bound: Bound, router: BoundRouter) -> None:
@@ -42,13 +42,13 @@ def prove_router(canonical: Canonical, bound: Bound, router: BoundRouter) -> Non
 
 
 def reference_of(bound: Bound) -> Callable[..., torch.Tensor]:
-    """The spelling's reference as a function of ``bound.inputs()``."""
+    """The spelling's reference as a function of ``bound.inputs()`` and ``bound.index``."""
     moe = bound.moe
 
     def reference(
-        x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, *weights: torch.Tensor
+        x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, *weights: Any
     ) -> torch.Tensor:
-        left = list(weights)
+        left: list[Any] = list(weights)
 
         def take(nodes: Sequence[fx.Node]) -> list[torch.Tensor]:
             taken, left[:] = left[: len(nodes)], left[len(nodes) :]
@@ -60,7 +60,8 @@ def reference_of(bound: Bound) -> Callable[..., torch.Tensor]:
         )
         assert gate_up is not None
         assert down is not None
-        experts = DescribedExperts(moe, gate_up, up, down, bound.visited[: bound.traced])
+        # What is left is the symbolic index, if there is one.
+        experts = DescribedExperts(moe, gate_up, up, down, left or bound.traced)
         return bound.spelling.reference(
             x.reshape(-1, moe.experts.hidden_size),
             topk_ids.reshape(-1, moe.top_k),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -25,11 +26,15 @@ class Projection:
     def whole(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self._stored(self.weights[0]), self.biases[0] if self.biases else None
 
-    def of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def of(self, expert: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Expert by number, or by a symbolic index; then the first of E tensors is the one that was traced."""
+
         def pick(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
             if not tensors:
                 return None
-            return tensors[0][expert] if self.is_stacked else tensors[expert]
+            if self.is_stacked:
+                return tensors[0].select(0, expert)
+            return tensors[expert if isinstance(expert, int) else 0]
 
         weight = pick(self.weights)
         assert weight is not None
@@ -42,7 +47,7 @@ class Projection:
 class DescribedExperts:
     """``match.api.Experts`` for a description and its weights.
 
-    up: None where the first projection is one GEMM.  visited: expert ids in the order of the loop.
+    up: None where the first projection is one GEMM.  visited: expert ids in the order of the loop, symbolic or not.
     """
 
     def __init__(
@@ -51,7 +56,7 @@ class DescribedExperts:
         gate_up: Projection,
         up: Projection | None,
         down: Projection,
-        visited: Sequence[int],
+        visited: Sequence[Any],
     ) -> None:
         self.moe, self.visited = moe, visited
         self.projections = [p for p in (gate_up, up, down) if p is not None]

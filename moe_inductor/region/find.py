@@ -71,7 +71,7 @@ _ROUTER_LIMIT = 64
 class Region:
     """One candidate block.
 
-    nodes: members in graph order.  inputs: nodes outside that members read.
+    nodes: members in graph order.  inputs: nodes outside that members read, or passes of a loop that were not traced.
     root: what chose the experts.  anchor: the first node that made us look.
     """
 
@@ -79,6 +79,7 @@ class Region:
     nodes: list[fx.Node]
     root: fx.Node
     anchor: fx.Node
+    read_by_others: list[fx.Node] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.refresh()
@@ -89,7 +90,7 @@ class Region:
         self.nodes = [n for n in self.nodes if n in alive]
         members = set(self.nodes)
         read = [a for n in self.nodes for a in n.all_input_nodes if a not in members]
-        self.inputs = list(dict.fromkeys(read))
+        self.inputs = list(dict.fromkeys((*read, *self.read_by_others)))
 
     @property
     def location(self) -> str:
@@ -107,9 +108,16 @@ def find_regions(graph: fx.Graph) -> list[Region]:
     by_root: dict[fx.Node, list[fx.Node]] = {}
     writers = _writers(graph)
     for node in graph.nodes:
-        if _is_anchor(node) and (root := _root_of(node, order, writers)) is not None:
+        if not _is_anchor(node):
+            continue
+        root = _root_of(node, order, writers)
+        # Rows of unknown number are nothing special by themselves: somebody must have chosen experts.
+        if root is not None and not (root.op == "placeholder" and _multiplies_some_rows(node)):
             by_root.setdefault(root, []).append(node)
-    regions = [_grow(graph, root, anchors, order) for root, anchors in by_root.items()]
+    regions = []
+    for root, anchors in by_root.items():
+        later = [other for other in by_root if order[other] > order[root]]
+        regions.append(_grow(graph, root, anchors, order, _downstream(graph, later, order)))
     return sorted(regions, key=lambda region: order[region.nodes[0]])
 
 
@@ -127,15 +135,52 @@ def router_only(graph: fx.Graph) -> fx.Node | None:
     return None
 
 
+def dense_only(graph: fx.Graph) -> fx.Node | None:
+    """Experts that are all computed for every token: ``bmm(x [E, T, H], weight [E, H, I])`` in a graph where a top-k
+    chooses among E scores.  Returns the node to name the line of."""
+    scores = {
+        str(value(node.all_input_nodes[0]).shape[-1])
+        for node in graph.nodes
+        if name_of(node) in ("topk", "argmax") and node.all_input_nodes and _scores(node)
+    }
+    for node in graph.nodes if scores else ():
+        if name_of(node) in _BATCHED_GEMMS and any(
+            is_tensor(a)
+            and value(a).dim() == 3
+            and _viewed(a).op in ("placeholder", "get_attr")
+            and str(value(a).shape[0]) in scores
+            for a in node.all_input_nodes[1:]
+        ):
+            return node
+    return None
+
+
+def _scores(node: fx.Node) -> bool:
+    source = node.all_input_nodes[0]
+    return is_tensor(source) and value(source).dim() >= 2
+
+
 def _is_anchor(node: fx.Node) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
     name = name_of(node)
     if name in _GROUPED_GEMMS:
         return True
-    if name in _BATCHED_GEMMS:
-        return any(_is_gathered_weight(a) for a in node.all_input_nodes)
+    if name in _BATCHED_GEMMS and any(map(_is_gathered_weight, node.all_input_nodes)):
+        return True
+    if _multiplies_some_rows(node):
+        return True
     return is_tensor(node) and has_unbacked(node) and _selects_rows(node)
+
+
+def _multiplies_some_rows(node: fx.Node) -> bool:
+    """A product of rows whose number depends on the data: ``linear(tokens.split(counts)[e], weight[e])``."""
+    return (
+        name_of(node) in _GEMMS
+        and is_tensor(node)
+        and bool(unbacked(value(node).shape[:-1]))
+        and any(is_tensor(a) and not has_unbacked(a) for a in node.all_input_nodes[1:])
+    )
 
 
 def _is_gathered_weight(node: fx.Node) -> bool:
@@ -200,22 +245,39 @@ def _writers(graph: fx.Graph) -> dict[int, list[fx.Node]]:
     return found
 
 
-def _grow(
-    graph: fx.Graph, root: fx.Node, anchors: list[fx.Node], order: dict[fx.Node, int]
-) -> Region:
-    after = [
-        n for n in graph.nodes if order[n] > order[root] and n.op not in ("output", "placeholder")
-    ]
-    last_anchor = max(order[a] for a in anchors)
-
-    # Everything that depends on the choice of experts, through values or through tensors changed in place.
-    chosen: set[fx.Node] = {root}
+def _downstream(graph: fx.Graph, roots: list[fx.Node], order: dict[fx.Node, int]) -> set[fx.Node]:
+    """``roots`` and everything that depends on them, through values or through tensors changed in place."""
+    found = set(roots)
+    if not found:
+        return found
+    first = min(order[root] for root in roots)
     dirty: set[int] = set()
-    for node in after:
-        if any(a in chosen or storages(a) & dirty for a in node.all_input_nodes):
-            chosen.add(node)
+    for node in graph.nodes:
+        if order[node] < first or node.op in ("output", "placeholder"):
+            continue
+        if node in found or any(a in found or storages(a) & dirty for a in node.all_input_nodes):
+            found.add(node)
             for target in mutated(node):
                 dirty |= storages(target)
+    return found
+
+
+def _grow(
+    graph: fx.Graph,
+    root: fx.Node,
+    anchors: list[fx.Node],
+    order: dict[fx.Node, int],
+    of_later_blocks: set[fx.Node],
+) -> Region:
+    after = [
+        n
+        for n in graph.nodes
+        if order[n] > order[root]
+        and n.op not in ("output", "placeholder")
+        and n not in of_later_blocks
+    ]
+    last_anchor = max(order[a] for a in anchors)
+    chosen = _downstream(graph, [root], order) - of_later_blocks
 
     # What leads to an anchor ...
     leads: set[fx.Node] = set(anchors)

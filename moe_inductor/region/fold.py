@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from moe_inductor.capture.assumptions import Pass
 from moe_inductor.region.find import Region
-from moe_inductor.region.nodes import mutated, name_of, value
+from moe_inductor.region.nodes import mutated, name_of, node_arg, value
 
 # The statements that add one expert's rows to the sum.
 _STEPS = frozenset({"index_add_", "index_add", "setitem", "index_put_", "index_put"})
@@ -76,6 +77,26 @@ def fold(region: Region, guards: Mapping[fx.Node, Sequence[fx.Node]]) -> Fold | 
     return Fold(nodes, holes.ids, holes.weights, last)
 
 
+def fold_rolled(
+    region: Region, passes: Sequence[Pass], experts: Sequence[Sequence[fx.Node]]
+) -> Fold:
+    """The first of the traced passes stands for all: capture has already seen that.
+
+    experts: the inputs of each expert, in the order in which the first pass has them.
+    """
+    again = {n for one in passes[1:] for n in one.nodes}
+    columns = list(zip(*experts, strict=True))
+    region.read_by_others = [n for column in columns for n in column]
+    region.refresh()
+    nodes = []
+    for node in region.nodes:
+        if node in again or any(a in again for a in node.all_input_nodes):
+            again.add(node)
+        else:
+            nodes.append(node)
+    return Fold(nodes, tuple(range(len(experts))), {c[0]: c for c in columns}, last=None)
+
+
 def sum_steps(region: Region) -> list[fx.Node]:
     """The statements of the region that could be a loop's additions, in the order in which they run."""
     return [n for n in region.nodes if name_of(n) in _STEPS and n.args]
@@ -93,7 +114,7 @@ def _passes(
 ) -> list[list[fx.Node]] | None:
     """What each step and its guards need and no other step does, in graph order."""
     order = {n: i for i, n in enumerate(steps[0].graph.nodes)}
-    sums: set[Any] = {*steps, steps[0].args[0]}
+    sums: set[Any] = set(steps) | {node_arg(steps[0], 0)}
     needed = []
     for step in steps:
         found: set[fx.Node] = set()

@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from moe_inductor._compat import FakeTensor, OpOverload
+from moe_inductor.capture.rolled import EXPERT_INDEX
 from moe_inductor.region.nodes import is_integral, node_arg, unbacked, value
 
 aten = torch.ops.aten
@@ -186,7 +187,7 @@ def _emit(out: Emitter, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
     found = value(node)
     if node.target in _ASSERTS or isinstance(found, (torch.SymBool, bool)):
         return None  # says that a size is in its bounds; the fused op has no such size
-    if isinstance(found, (int, torch.SymInt)):
+    if isinstance(found, (int, torch.SymInt)) and node.target is not EXPERT_INDEX:
         return out.size(found)
     args, kwargs = _uniform(node, lambda a: env[a])
     for apply in RULES.get(node.target, ()):
@@ -332,7 +333,14 @@ def _select(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 
 
 def _row(out: Emitter, base: fx.Node, dim: int, index: Any, made: Any, origin: str | None) -> Any:
-    """select(nonzero(x) [n, 1], 1, 0) = view(nonzero(x), [n])"""
+    """select(nonzero(x) [n, 1], 1, 0) = view(nonzero(x), [n])
+    select(view(x, s), d, i) = view(select(x, d, i), ..) where the view keeps the dimensions up to d"""
+    if base.target is aten.view.default:
+        inner = node_arg(base, 0)
+        leading = value(inner).shape[: dim + 1]
+        if len(leading) > dim and out.same_sizes(value(base).shape[: dim + 1], leading):
+            narrow = _row(out, inner, dim, index, value(inner).select(dim, 0), origin)
+            return out.view(narrow, made, origin)
     if base.target is aten.nonzero.default and _is_one(value(base).shape[dim]):
         return out.view(base, made, origin)
     row = _one_hot_row(out, base, dim, index, made, origin)
@@ -382,7 +390,7 @@ def _nonzero(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 
 
 @rule(aten.sum.dim_IntList, aten.sum.default, aten.any.default)
-def _count(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+def _count(out: Emitter, node: fx.Node, args: tuple[Any, ...], kwargs: dict) -> Any:
     """sum(permute(x, p), dims) = sum(x, p[dims]) for integers, where at most one dimension is left
     sum(x, every dimension) = sum(x);  sum(view(x)) = sum(x);  any(permute(x)) = any(view(x)) = any(x)
     sum(cast(b, int64)) = sum(b);  any(cast(b)) = any(b) for a boolean b: integers add up in any order"""
@@ -392,17 +400,17 @@ def _count(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     if made.dim() > 1 or len(args) > 2:
         return None
     rank = value(base).dim()
-    dims = sorted(range(rank) if made.dim() == 0 else (d % rank for d in args[1]))
-    while True:
-        inner = base.args[0] if base.op == "call_function" and base.args else None
-        if base.target is aten._to_copy.default and value(inner).dtype == torch.bool:
-            base = inner
-        elif base.target is aten.permute.default:
-            base, dims = inner, sorted(base.args[1][d] for d in dims)
+    dims = sorted(range(rank) if made.dim() == 0 else (d % rank for d in list(args)[1]))
+    while base.target in (aten._to_copy.default, aten.permute.default, aten.view.default):
+        inner = node_arg(base, 0)
+        if base.target is aten.permute.default:
+            order: Any = base.args[1]
+            dims = sorted(order[d] for d in dims)
         elif base.target is aten.view.default and made.dim() == 0:
-            base, dims = inner, list(range(value(inner).dim()))
-        else:
+            dims = list(range(value(inner).dim()))
+        elif base.target is not aten._to_copy.default or value(inner).dtype != torch.bool:
             break
+        base = inner
     target = aten.any.default if node.target is aten.any.default else aten.sum.default
     rest: tuple = ()
     if made.dim() == 1:

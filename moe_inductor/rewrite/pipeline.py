@@ -28,8 +28,13 @@ from moe_inductor.prove.assumptions import Assumed, prove_assumptions
 from moe_inductor.prove.prove import prove_experts, prove_router
 from moe_inductor.reasons import Code, Reason, Refusal
 from moe_inductor.region.canonical import Canonical, canonicalise
-from moe_inductor.region.find import Region, find_regions, looks_like_moe, router_only
-from moe_inductor.region.fold import fold
+from moe_inductor.region.find import (
+    Region,
+    dense_only,
+    find_regions,
+    looks_like_moe,
+    router_only,
+)
 from moe_inductor.region.nodes import location, value
 from moe_inductor.rewrite.replace import Rewriter
 from moe_inductor.rewrite.support import check_support
@@ -63,8 +68,11 @@ def fuse_moe_blocks(
     for module in modules:
         if not looks_like_moe(module.graph):
             router = router_only(module.graph)
+            dense = dense_only(module.graph) if router is None else None
             if router is not None:
                 report.blocks.append(_router_only(router, uncaptured))
+            elif dense is not None:
+                report.blocks.append(_dense(dense))
             continue
         with _timed(report, "region"):
             regions = find_regions(module.graph)
@@ -86,7 +94,7 @@ def _fuse_region(
     before = len(region.nodes)
     try:
         with _timed(report, "canonical"):
-            canonical = canonicalise(gm, region, fold(region, assumed.guards(region)))
+            canonical = canonicalise(gm, region, assumed.fold(region))
         blocks, refused = _prove_blocks(canonical, report, assumed)
     except Refusal as refusal:
         report.blocks.append(_not_fused(region, [refusal]))
@@ -225,6 +233,12 @@ def _router_only(node: fx.Node, uncaptured: Reason | None) -> BlockReport:
         )
     else:
         reason = uncaptured  # the loop had been captured, and that is what was wrong with it
+    return BlockReport(spelling="", fused=False, reason=reason, location=reason.location)
+
+
+def _dense(node: fx.Node) -> BlockReport:
+    words = "no known spelling: every expert is computed for every token"
+    reason = Reason(Code.SPELLING, words, location(node))
     return BlockReport(spelling="", fused=False, reason=reason, location=reason.location)
 
 

@@ -175,7 +175,18 @@ def both(s, x, w, m, out, hit):
     return out
 
 
+def no_grad_in_the_body(s, x, w, m, out, hit):
+    """transformers 4: gpt_oss."""
+    for e in hit[:]:
+        e = e[0]
+        with torch.no_grad():
+            k, t = torch.where(m[e])
+        out.index_add_(0, t, s.experts[e](x[t]) * w[t, k, None])
+    return out
+
+
 WHOLE = [
+    no_grad_in_the_body,
     rows_squeezed,
     rows_indexed,
     rows_with_sentinel,
@@ -376,6 +387,31 @@ def raises_and_catches(s, x, w, m, out, hit):
     return out * n
 
 
+def read_by_a_handler(s, x, w, m, out, hit):
+    n = 0
+    try:
+        for e in hit:
+            s.add(x, w, m, out, e[0])
+            n = int(e) + 1
+        raise KeyError
+    except KeyError:
+        return out * n
+
+
+def swallowed(s, x, w, m, out, hit):
+    """The second pass reads what the first has left, because an exception kept it from being written."""
+    n = 1
+    for e in hit:
+        try:
+            if int(e) > 1:
+                raise KeyError
+            n = int(e) + 5
+        except KeyError:
+            pass
+        s.add(x * n, w, m, out, e[0])
+    return out
+
+
 def caught_outside(s, x, w, m, out, hit):
     """Only an expert without tokens is missing from the table."""
     table = {int(e): 1.0 for e in hit}
@@ -525,6 +561,8 @@ IMPURE = [
     breaks,
     returns,
     raises_and_catches,
+    read_by_a_handler,
+    swallowed,
     caught_outside,
     printed,
     grad_mode_changed,

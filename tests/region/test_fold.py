@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from moe_inductor.rewrite import pipeline
+from moe_inductor.prove import assumptions
 from tests.oracle import assert_within_fp64_rule
 from tests.without_inductor import WithoutInductor
 
@@ -186,13 +186,13 @@ class LateWrite(Loop):
 def compile_and_compare(module: nn.Module, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list]:
     monkeypatch.setenv("MOE_INDUCTOR_RAISE", "1")
     folds = []
-    fold = pipeline.fold
+    fold = assumptions.fold
 
     def spy(*args):
         folds.append(fold(*args))
         return folds[-1]
 
-    monkeypatch.setattr(pipeline, "fold", spy)
+    monkeypatch.setattr(assumptions, "fold", spy)
     torch._dynamo.reset()
     backend = WithoutInductor()
     backend.install()
@@ -254,3 +254,35 @@ def test_other_tensors_in_the_same_places_are_bound_as_they_stand(loop, monkeypa
     """Fused or not, what counts is that the result is the model's: checked in the comparison."""
     torch.manual_seed(0)
     compile_and_compare(loop(), monkeypatch)
+
+
+class Rolled(Loop):
+    """A hit list over modules: traced for two experts."""
+
+    def forward(self, x):
+        weights, ids = torch.topk(F.softmax(self.gate(x), dim=-1), K, dim=-1)
+        out, mask = torch.zeros_like(x), F.one_hot(ids, E).permute(2, 1, 0)
+        for e in torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero().squeeze(-1):
+            slot, token = torch.where(mask[e])
+            out.index_add_(0, token, self.expert(e, x[token]) * weights[token, slot, None])
+        return out
+
+
+class RolledStacked(Stacked, Rolled):
+    pass
+
+
+@pytest.mark.parametrize("loop", [Loop, Rolled, RolledStacked])
+def test_layers_are_blocks_of_their_own(loop, monkeypatch):
+    """The second layer reads nothing but the first: still two blocks, whose loops fold separately."""
+    monkeypatch.setenv("MOE_INDUCTOR_RAISE", "1")
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = nn.Sequential(loop(), loop())
+    backend = WithoutInductor()
+    backend.install()
+    x = torch.randn(T, H)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend=backend)(x), model(x))
+    (report,) = backend.reports
+    assert [b.fused for b in report.blocks] == [True, True], report.summary()
