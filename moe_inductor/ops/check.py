@@ -87,7 +87,7 @@ def check_experts_metadata(call: Call) -> Unit:
     except ValueError as error:
         raise ValueError(f"fused_experts: activation: {error}") from error
     hidden_states, topk_ids, topk_weights = call[:3]
-    gate_up_proj, up_proj, down_proj = call.weights.values()
+    gate_up_proj, up_proj, down_proj = call[3:6]
     if hidden_states.dim() != 2:
         raise ValueError(
             f"fused_experts: hidden_states must be [T, H], got {_shape(hidden_states)}"
@@ -113,12 +113,14 @@ def check_experts_metadata(call: Call) -> Unit:
         )
     if up_proj and call.interleaved:
         raise ValueError("fused_experts: gate and up are interleaved, but there is an up_proj")
-    for (name, bias), weight in zip(call.biases.items(), call.weights.values(), strict=True):
+    biased = bool(call.gate_up_bias or call.up_bias or call.down_bias)
+    biases = zip(call.biases.items(), call.weights.values(), strict=True) if biased else ()
+    for (name, bias), weight in biases:
         if len(bias) not in (0, len(weight)):
             raise ValueError(
                 f"fused_experts: {len(bias)} {name} for {len(weight)} weights of that projection"
             )
-    if len(up_proj) and len(call.up_bias) != len(call.gate_up_bias):
+    if up_proj and len(call.up_bias) != len(call.gate_up_bias):
         raise ValueError("fused_experts: gate_up_bias and up_bias come together")
     rank = gate_up_proj[0].dim()
     if rank not in (2, 3) or (rank == 3 and len(gate_up_proj) != 1):
@@ -144,7 +146,7 @@ def check_experts_metadata(call: Call) -> Unit:
             f"{topk_weights.dtype} and {call.out_dtype}"
         )
     device = hidden_states.device
-    for name, tensors in (call.weights | call.biases).items():
+    for name, tensors in (call.weights | (call.biases if biased else {})).items():
         for tensor in tensors[:1]:
             if tensor.dtype != dtype:
                 raise TypeError(
@@ -174,7 +176,7 @@ def check_experts_sizes(call: Call, unit: Unit) -> Sizes:
         ValueError: sizes that do not fit, with all shapes in the text.
     """
     hidden_states, topk_ids, topk_weights = call[:3]
-    gate_up_proj, up_proj, down_proj = call.weights.values()
+    gate_up_proj, up_proj, down_proj = call[3:6]
     first, down = gate_up_proj[0], down_proj[0]
     stacked = first.dim() == 3
     num_experts = first.shape[0] if stacked else len(gate_up_proj)
@@ -198,6 +200,8 @@ def check_experts_sizes(call: Call, unit: Unit) -> Sizes:
             f"{_shape(hidden_states)}, topk_ids {_shape(topk_ids)}, topk_weights {_shape(topk_weights)}, "
             f"gate_up_proj {_shapes(gate_up_proj)}, up_proj {_shapes(up_proj)}, down_proj {_shapes(down_proj)}"
         )
+    if not (call.gate_up_bias or call.down_bias):
+        return Sizes(num_experts, hidden_size, intermediate_size, inner_rows, stacked)
     for (name, bias), weight in zip(call.biases.items(), call.weights.values(), strict=True):
         if bias and bias[0].shape != weight[0].shape[:-1]:
             raise ValueError(

@@ -137,9 +137,12 @@ def _experts(
     hidden, width = sizes.hidden_size, sizes.intermediate_size
     wide = (2 if unit.gated else 1) * width
     blocks = _blocks(groups, wide)
-    weights = [weight for weights in call.weights.values() for weight in weights]
     biased = bool(call.gate_up_bias or call.down_bias)
-    grouped = len(groups) >= _MANY_EXPERTS and not biased and _grouped_mm_takes(rows, weights)
+    grouped = (
+        len(groups) >= _MANY_EXPERTS
+        and not biased
+        and _grouped_mm_takes(rows, (*call.gate_up_proj, *call.up_proj, *call.down_proj))
+    )
     if grouped and len(blocks) == 1 and rows.shape[0] == slots:
         return _grouped_block(call, unit, rows, groups)
 
@@ -181,8 +184,8 @@ def _project(
     """One projection of a block of experts, written to the rows of ``out``."""
     linear = _linears_fp32 if out.dtype == torch.float32 else _linears
     outs = out.split_with_sizes([x.shape[0] for x in inputs])
-    linear(inputs, _used(call.weights[f"{name}_proj"], f"{name}_proj", block, shape), outs)
-    biases = call.biases[f"{name}_bias"]
+    weights, biases = getattr(call, f"{name}_proj"), getattr(call, f"{name}_bias")
+    linear(inputs, _used(weights, f"{name}_proj", block, shape), outs)
     if biases:
         for each, (expert, _, _) in zip(outs, block, strict=True):
             each += _bias(biases, f"{name}_bias", expert, shape[0])
