@@ -7,7 +7,6 @@ import importlib
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
 
 from tests.hf.compare import (
     Compiled,
@@ -17,7 +16,6 @@ from tests.hf.compare import (
     cotangent,
     experts_modules,
     find_case,
-    infer,
     randomise,
     require_transformers,
 )
@@ -178,13 +176,3 @@ def test_experts_alone(family, implementation, dtype):
     compiled.assert_fused(1)
     (report,) = compiled.blocks
     assert not report.router_fused
-
-
-def test_eager_loop_block_runs_as_stock():
-    block = build("mixtral", "eager", torch.float32)
-    x = states(2, 5, dtype=torch.float32)(torch.Generator().manual_seed(0))
-    compiled = Compiled(block)
-    assert torch.equal(infer(compiled, x)["output"], infer(block, x)["output"])
-    # Today's behaviour; with speculation about the data the block is to be fused.
-    assert not any(report.fused for report in compiled.blocks)
-    assert counters["graph_break"]
