@@ -62,7 +62,11 @@ def _step(run: object, module: torch.nn.Module, x: torch.Tensor) -> list[torch.T
     module.zero_grad()
     x = x.clone().requires_grad_()
     outputs = _floats(run(x))  # type: ignore[operator]
-    sum(o.square().sum() for o in outputs if o.requires_grad).backward()
+    loss = sum(o.square().sum() for o in outputs if o.requires_grad)
+    if isinstance(
+        loss, torch.Tensor
+    ):  # a block that skipped every expert has nothing to differentiate
+        loss.backward()
     return [o.detach() for o in outputs] + [
         torch.zeros_like(p) if p.grad is None else p.grad for p in (x, *module.parameters())
     ]
