@@ -108,8 +108,9 @@ def _decode_gate_up(
         gate_row *= scale
         up_row *= scale
     if gate_bias_ptr is not None:
+        # For an id outside [0, E) these are expert 0's; _decode_down does not read such a row.
         gate_bias, up_bias = load_biases(
-            gate_bias_ptr, up_bias_ptr, expert, columns, I, valid & (columns < I), LAYOUT
+            gate_bias_ptr, up_bias_ptr, expert, columns, I, columns < I, LAYOUT
         )
         gate_row += gate_bias
         up_row += up_bias
