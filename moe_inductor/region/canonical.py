@@ -316,7 +316,19 @@ def _one_autocast(region: Region, states: dict[fx.Node, State]) -> bool:
 
 
 def _no_foreign_mutation(region: Region) -> None:
-    """Nothing outside changes what the region reads while it runs, and the region changes only what it made."""
+    """Nothing outside changes what the region reads while it runs, and the region changes only what it made.
+
+    What follows the experts is left to the model where it does otherwise: a block that writes its result into a tensor
+    that two blocks share, say.
+    """
+    while (found := _foreign_mutation(region)) is not None:
+        touching, refusal = found
+        if not region.give_up(touching):
+            raise refusal
+
+
+def _foreign_mutation(region: Region) -> tuple[list[fx.Node], Refusal] | None:
+    """The first one: the members that share its tensor, and what to say of it."""
     members = set(region.nodes)
     made: set[int] = set()
     read: set[int] = set()
@@ -333,14 +345,14 @@ def _no_foreign_mutation(region: Region) -> None:
             continue
         for target in mutated(node):
             if node in members and storages(target) & read:
-                raise Refusal(
-                    Code.MUTATION,
-                    f"`{name_of(node)}` changes an input of the block",
-                    location(node),
-                )
-            if node not in members and storages(target) & (read | made):
-                raise Refusal(
-                    Code.MUTATION,
-                    f"`{name_of(node)}` changes a tensor of the block in the middle of it",
-                    location(node),
-                )
+                words = f"`{name_of(node)}` changes an input of the block"
+                return [node], Refusal(Code.MUTATION, words, location(node))
+            if node not in members and (shared := storages(target) & (read | made)):
+                words = f"`{name_of(node)}` changes a tensor of the block in the middle of it"
+                touching = [
+                    n
+                    for n in region.nodes
+                    if any(storages(a) & shared for a in (n, *n.all_input_nodes))
+                ]
+                return touching, Refusal(Code.MUTATION, words, location(node))
+    return None

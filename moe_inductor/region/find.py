@@ -92,6 +92,18 @@ class Region:
         read = [a for n in self.nodes for a in n.all_input_nodes if a not in members]
         self.inputs = list(dict.fromkeys((*read, *self.read_by_others)))
 
+    def give_up(self, nodes: list[fx.Node]) -> bool:
+        """Leave ``nodes`` and all that depends on them to the model.  False, and nothing done, if the root or an
+        anchor is among them."""
+        order = {node: i for i, node in enumerate(self.graph.nodes)}
+        gone = _downstream(self.graph, nodes, order) | set(nodes)
+        left = [n for n in self.nodes if n not in gone]
+        if not nodes or self.root in gone or any(n in gone and _is_anchor(n) for n in self.nodes):
+            return False
+        self.nodes = left
+        self.refresh()
+        return True
+
     @property
     def location(self) -> str:
         return location(self.anchor) or location(self.root)
