@@ -140,13 +140,18 @@ class Emitter:
         return self.emit(aten.view.default, (base, self.sizes(val)), {}, val, origin)
 
     def permute(self, base: fx.Node, dims: list[int], val: Any, origin: str | None) -> fx.Node:
-        """permute(permute(x, p), q) = permute(x, p[q]);  permute(x, identity) = x"""
+        """permute(permute(x, p), q) = permute(x, p[q]);  permute(x, identity) = x
+        permute(x, p) = view(x, ..) where only dimensions of size 1 change their place"""
         if base.target is aten.permute.default:
             inner = base.args[1]
             dims = [inner[d] for d in dims]  # type: ignore[index]
             base = base.args[0]  # type: ignore[assignment]
         if dims == sorted(dims):
             return base
+        moved = [d for d in dims if not _is_one(value(base).shape[d])]
+        # The dimensions of a one-hot mask must be told apart even where tokens and choices are one.
+        if moved == sorted(moved) and not _is_mask(base):
+            return self.view(base, val, origin)
         return self.emit(aten.permute.default, (base, dims), {}, val, origin)
 
     def slice(
@@ -256,6 +261,12 @@ def _transpose(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     return out.permute(args[0], dims, value(node), node.meta.get("stack_trace"))
 
 
+@rule(aten.cat.default)
+def _cat(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """cat([x]) = x"""
+    return args[0][0] if len(args[0]) == 1 else None
+
+
 @rule(aten.expand.default)
 def _expand(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     """expand(x, shape of x) = x; sizes are spelled out, never -1"""
@@ -334,7 +345,7 @@ def _select(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 
 
 def _row(out: Emitter, base: fx.Node, dim: int, index: Any, made: Any, origin: str | None) -> Any:
-    """select(nonzero(x) [n, 1], 1, 0) = view(nonzero(x), [n])
+    """select(x [.., 1, ..], d, 0) = view(x, ..) for what is computed; a weight's experts are selected, be there one
     select(view(x, s), d, i) = view(select(x, d, i), ..) where the view keeps the dimensions up to d"""
     if base.target is aten.view.default:
         inner = node_arg(base, 0)
@@ -342,7 +353,8 @@ def _row(out: Emitter, base: fx.Node, dim: int, index: Any, made: Any, origin: s
         if len(leading) > dim and out.same_sizes(value(base).shape[: dim + 1], leading):
             narrow = _row(out, inner, dim, index, value(inner).select(dim, 0), origin)
             return out.view(narrow, made, origin)
-    if base.target is aten.nonzero.default and _is_one(value(base).shape[dim]):
+    computed = base.op == "call_function" and base.target is not aten.permute.default
+    if computed and _is_one(value(base).shape[dim]):
         return out.view(base, made, origin)
     row = _one_hot_row(out, base, dim, index, made, origin)
     if row is not None:
@@ -485,6 +497,11 @@ def _promoted(out: Emitter, node: fx.Node, made: torch.Tensor, origin: str | Non
         return node
     val = torch.empty_like(found, dtype=made.dtype)
     return out.emit(aten._to_copy.default, (node,), {"dtype": made.dtype}, val, origin)
+
+
+def _is_mask(node: fx.Node) -> bool:
+    source = node_arg(node, 0) if node.target is aten._to_copy.default else node
+    return value(source).dtype == torch.bool
 
 
 def _is_one(size: Any) -> bool:
