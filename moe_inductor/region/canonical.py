@@ -30,7 +30,7 @@ from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.find import Region
 from moe_inductor.region.fold import Fold
 from moe_inductor.region.nodes import is_floating, location, mutated, name_of, storages, value
-from moe_inductor.region.normalise import normalise
+from moe_inductor.region.normalise import Emitter, normalise
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,6 +58,7 @@ class Canonical:
     autocast, router_autocast: under what references are to be traced.  The casts of autocast are written out in
         ``graph``, so that what the proof finds equal is equal, whatever runs under which.
     folded: what stands for passes of a loop that were not traced (``region/fold.py``).
+    emitter: what built ``graph``, with what it found out about sizes that depend on data.
     """
 
     region: Region
@@ -68,7 +69,8 @@ class Canonical:
     autocast: Autocast | None
     router_autocast: Autocast | None
     router_refusal: Refusal | None
-    folded: Folded | None = None
+    folded: Folded | None
+    emitter: Emitter
 
     @property
     def graph(self) -> fx.Graph:
@@ -111,7 +113,8 @@ def canonicalise(gm: fx.GraphModule, region: Region, folds: Fold | None = None) 
             f"`{name}` could not be traced: {type(error).__name__}: {text[0] if text else ''}",
             where,
         ) from error
-    graph, env = normalise(traced.graph, keep_detach=grad_enabled)
+    out = Emitter(keep_detach=grad_enabled)
+    graph, env = normalise(traced.graph, out=out)
     dynamo_of: dict[fx.Node, list[fx.Node]] = {}
     holders = list(zip(region.inputs, _placeholders(traced.graph), strict=True))
     holders += list(zip(runner.wanted, _results(traced.graph), strict=True))
@@ -135,6 +138,7 @@ def canonicalise(gm: fx.GraphModule, region: Region, folds: Fold | None = None) 
         states[region.root].autocast,
         router_refusal,
         folded,
+        out,
     )
 
 
