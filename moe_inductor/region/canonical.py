@@ -31,6 +31,7 @@ from moe_inductor.region.find import Region
 from moe_inductor.region.fold import Fold
 from moe_inductor.region.nodes import is_floating, location, mutated, name_of, storages, value
 from moe_inductor.region.normalise import Emitter, normalise
+from moe_inductor.region.pairs import restated
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,6 +76,10 @@ class Canonical:
     @property
     def graph(self) -> fx.Graph:
         return self.module.graph
+
+    def held_in(self, dynamo: fx.Node | None) -> fx.Node | None:
+        """The normal-form node whose value the Dynamo node holds."""
+        return next((n for n, held in self.dynamo_of.items() if dynamo in held), None)
 
     def source_of(self, node: fx.Node | None) -> str:
         """The model's source line behind a normal-form node."""
@@ -197,7 +202,7 @@ class _Runner(fx.Interpreter):
             state = self.states[node]
             # ATen nodes inherit the model's source line.
             with fx_traceback.set_current_meta(node), under(state.autocast):
-                self.env[node] = self.run_node(node)
+                self.env[node] = restated(node, self.run_node(node))
             if node is self.last_run and self.last is not None:
                 self.env[self.last] = self.env[node]
         self.current = None

@@ -27,7 +27,16 @@ from torch import fx
 from moe_inductor._compat import OpOverload
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.counts import SORTS, Form, choices, counted, fill_of, plus, root_of, single
-from moe_inductor.region.nodes import location, name_of, node_arg, unbacked, value
+from moe_inductor.region.nodes import (
+    has_unbacked,
+    is_tensor,
+    location,
+    name_of,
+    node_arg,
+    storages,
+    unbacked,
+    value,
+)
 
 if TYPE_CHECKING:
     from moe_inductor.region.normalise import Emitter
@@ -48,6 +57,49 @@ def _fake(rows: torch.Tensor, expert_ids: torch.Tensor, weight: torch.Tensor) ->
 def _run(rows: torch.Tensor, expert_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """rows [S, in], expert_ids [S], weight [E, in, out] -> [S, out]"""
     return torch.bmm(rows.unsqueeze(1), weight[expert_ids]).squeeze(1)
+
+
+_LIBRARY.define("all_rows(Tensor rows, SymInt count) -> Tensor")
+ALL_ROWS = torch.ops.moe_inductor_region.all_rows.default
+
+
+@torch.library.register_fake("moe_inductor_region::all_rows", lib=_LIBRARY)
+def _fake_all(rows: torch.Tensor, count: int) -> torch.Tensor:
+    return rows.new_empty((count, *rows.shape[1:]))
+
+
+@torch.library.impl("moe_inductor_region::all_rows", "CompositeExplicitAutograd", lib=_LIBRARY)
+def _run_all(rows: torch.Tensor, count: int) -> torch.Tensor:
+    raise AssertionError("moe_inductor: a graph on an unproved number of rows was run")
+
+
+# How parts are put together again.
+_JOINS = frozenset({"cat", "concat", "concatenate", "vstack", "row_stack"})
+
+
+def restated(node: fx.Node, made: Any) -> Any:
+    """``made``, the value of a Dynamo node that puts parts of data-dependent lengths together, of which it is claimed
+    that they are parts of one tensor and together as long as that.  Torch only knows a sum, and shapes that are inferred
+    from that are of no use.
+
+    The claim is an operator in the graph.  It goes when the rows are unsorted, which shows it, and is in the way of
+    every match until then.
+    """
+    if name_of(node) not in _JOINS or not isinstance(made, torch.Tensor) or not made.dim():
+        return made
+    if not unbacked(made.shape[0]):
+        return made
+    todo, seen = list(node.all_input_nodes), set()
+    while todo:
+        part = todo.pop(0)
+        if part in seen or not has_unbacked(part):
+            continue
+        seen.add(part)
+        for whole in part.all_input_nodes:
+            if is_tensor(whole) and not has_unbacked(whole) and storages(whole) & storages(part):
+                return ALL_ROWS(made, value(whole).shape[0])
+        todo += part.all_input_nodes
+    return made
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -253,7 +305,7 @@ def _of_tokens(out: Emitter, node: fx.Node) -> fx.Node | None:
     if order is None:
         return None
     leading = [str(size) for size in value(node).shape[:2]]
-    if leading != [str(order.tokens), str(order.top_k)] or value(node).dim() < 3:
+    if leading != [str(order.tokens), str(order.top_k)] or value(node).dim() != 3:
         return None
     return _per_token(out, node_arg(node, 0), order)
 
@@ -309,6 +361,10 @@ class _Unsorting:
             return self._concatenated(node)
         if target is aten.slice_scatter.default:
             return self._written(node)
+        if target is ALL_ROWS:
+            if str(value(node).shape[0]) != str(self.order.pairs):
+                self._refuse(Code.SPELLING, "not as many rows as were sorted", node)
+            return self.rows(node_arg(node, 0))
         return self._row_by_row([node], self.rows)
 
     def _gathered(self, node: fx.Node, index: Any) -> fx.Node:
@@ -592,6 +648,8 @@ class _Unsorting:
 
 def _flattened(node: fx.Node) -> list[fx.Node]:
     """cat([cat(a, b), c]) = cat([a, b, c]) along the rows"""
+    if node.target is ALL_ROWS:
+        node = node_arg(node, 0)
     if node.target is not aten.cat.default or (node.args[1:] or (0,))[0] != 0:
         return [node]
     return list(itertools.chain.from_iterable(map(_flattened, node.args[0])))  # type: ignore[arg-type]
