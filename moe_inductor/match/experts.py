@@ -144,9 +144,7 @@ class _Attempt:
         parts = [tuple(n.args[0]) if n.target is _STACK else (n,) for n in found]
         is_stacked = {n.target is not _STACK for n in found}
         if len(is_stacked) > 1:
-            raise Refusal(
-                Code.LAYOUT, "stacked and separate weights are mixed", location(found[0])
-            )
+            raise Refusal(Code.LAYOUT, "stacked and separate weights are mixed", location(found[0]))
         weight, *bias = parts
         return Weight(
             weight,

@@ -26,7 +26,9 @@ class Projection:
     def whole(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One stack of all experts, however they are stored."""
         weight, *biases = (
-            t[0] if self.is_stacked else torch.stack(list(t)) for t in (self.weights, self.biases) if t
+            t[0] if self.is_stacked else torch.stack(list(t))
+            for t in (self.weights, self.biases)
+            if t
         )
         return self._stored(weight), biases[0] if biases else None
 

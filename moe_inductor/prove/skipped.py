@@ -26,12 +26,9 @@ from moe_inductor.region.nodes import is_integral, mutated, name_of, storages, v
 aten = torch.ops.aten
 
 _COMPARISONS = {
-    aten.eq.Scalar: operator.eq,
-    aten.ne.Scalar: operator.ne,
-    aten.gt.Scalar: operator.gt,
-    aten.ge.Scalar: operator.ge,
-    aten.lt.Scalar: operator.lt,
-    aten.le.Scalar: operator.le,
+    getattr(getattr(aten, name), overload): getattr(operator, name)
+    for name in ("eq", "ne", "gt", "ge", "lt", "le")
+    for overload in ("Scalar", "Tensor")
 }
 
 
@@ -74,12 +71,12 @@ def _counted_by(
         return None
     number, compare = asked, lambda n: n != 0
     if asked.target in _COMPARISONS:
-        number, bound = asked.args  # type: ignore[assignment]
+        number, bound = (_constant(canonical, n) for n in asked.args)  # type: ignore[assignment]
         relation = _COMPARISONS[asked.target]
         compare = lambda n: relation(n, bound)  # noqa: E731
         if type(bound) is not int or bound not in (0, 1):
             return None
-    if not is_integral(number) or value(number).dim():
+    if not isinstance(number, fx.Node) or not is_integral(number) or value(number).dim():
         return None
     # Between a number and 0 or 1, what holds for 1 and 2 holds from there on.
     if any(bool(compare(n)) is not test.truth for n in (1, 2)) or bool(compare(0)) is test.truth:
@@ -92,13 +89,37 @@ def _number_of(canonical: Canonical, symbol: Any) -> Form | None:
     numbers = canonical.emitter.numbers
     for node in canonical.region.nodes:
         found = value(node)
-        if isinstance(found, torch.SymInt) and found.node.expr == symbol and name_of(node) == "item":
-            held = canonical.held_in(node.all_input_nodes[0])
-            return None if held is None else numbers.scalar(held)
+        if (
+            isinstance(found, torch.SymInt)
+            and found.node.expr == symbol
+            and name_of(node) == "item"
+        ):
+            return _read(canonical, node.all_input_nodes[0])
         if isinstance(found, torch.Tensor) and found.dim() and _is(found.shape[0], symbol):
             held = canonical.held_in(node)
             return None if held is None else numbers.form(value(held).shape[0])
     return None
+
+
+def _read(canonical: Canonical, tensor: fx.Node) -> Form | None:
+    """A Dynamo node of one integer; ``tolist()`` takes elements whose values are not recorded."""
+    numbers, held = canonical.emitter.numbers, canonical.held_in(tensor)
+    if held is not None:
+        return numbers.scalar(held)
+    if name_of(tensor) == "getitem" and type(tensor.args[1]) is int:
+        held = canonical.held_in(tensor.all_input_nodes[0])
+        if held is not None and value(held).dim() == 1 and tensor.args[1] >= 0:
+            return numbers.element(held, tensor.args[1])
+    return None
+
+
+def _constant(canonical: Canonical, item: Any) -> Any:
+    """The number in a tensor that is a constant of the trace."""
+    if isinstance(item, fx.Node) and item.op == "get_attr":
+        found = getattr(canonical.module, str(item.target), None)
+        if isinstance(found, torch.Tensor) and not found.dim() and is_integral(item):
+            return int(found.item())
+    return item
 
 
 def _is(size: Any, symbol: Any) -> bool:
@@ -116,9 +137,7 @@ def _changes_nothing(canonical: Canonical, one: Pass, atom: Atom, test: Assumpti
     """With zero for the count at ``atom``."""
 
     def refuse(what: str) -> None:
-        raise Refusal(
-            Code.ASSUMPTION, f"{what} although its expert has no tokens", _where(test)
-        )
+        raise Refusal(Code.ASSUMPTION, f"{what} although its expert has no tokens", _where(test))
 
     for piece in one.appended:
         if not _is_none(_rows(canonical, piece), atom):
@@ -175,9 +194,7 @@ def _is_never_empty(bound: Bound, kept: Kept, atoms: Sequence[Atom | None]) -> N
     of_block = all(counted(c) == (bound.topk_ids, bound.moe.experts.num_experts) for c in counts)
     some = statically_known_true(value(bound.topk_ids).numel() >= 1)
     if len(counts) != 1 or experts != every or not of_block or not some:
-        raise Refusal(
-            Code.ASSUMPTION, "a list may be empty that was taken not to be", _where(kept)
-        )
+        raise Refusal(Code.ASSUMPTION, "a list may be empty that was taken not to be", _where(kept))
 
 
 def _where(assumption: Assumption) -> str:

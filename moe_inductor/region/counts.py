@@ -57,7 +57,8 @@ class Numbers:
             return {None: int(number)} if number else {}
         found: Form = {}
         for term, times in sympy.expand(number.node.expr).as_coefficients_dict().items():
-            known = {None: 1} if term == 1 else self._symbols.get(term, {(str(term), None): 1})
+            known: Form = {(str(term), None): 1}
+            known = {None: 1} if term == 1 else self._symbols.get(term, known)
             found = plus(found, known, int(times))
         return found
 
@@ -68,7 +69,9 @@ class Numbers:
             position = args[2]
             if isinstance(position, int):
                 return self.element(node_arg(node, 0), position)
-        elif target in (aten.view.default, aten._to_copy.default) and is_integral(node_arg(node, 0)):
+        elif target in (aten.view.default, aten._to_copy.default) and is_integral(
+            node_arg(node, 0)
+        ):
             inner = node_arg(node, 0)
             return self.element(inner, 0) if value(inner).dim() == 1 else self.scalar(inner)
         elif target is aten.sum.default and _length(node_arg(node, 0)) is not None:
@@ -117,24 +120,22 @@ class Numbers:
             return self.element(node_arg(node, 0), args[2] + i)
         elif target is aten.full.default:
             return _constant(args[1])
-        elif target is aten._to_copy.default and is_integral(node_arg(node, 0)):
-            return self.element(node_arg(node, 0), i)
-        elif target is aten.view.default and value(node_arg(node, 0)).dim() == 1:
-            return self.element(node_arg(node, 0), i)
-        elif target is aten.view.default and value(node_arg(node, 0)).dim() == 0:
-            return self.scalar(node_arg(node, 0))
+        elif target in (aten._to_copy.default, aten.view.default):
+            inner = node_arg(node, 0)
+            if is_integral(inner) and value(inner).dim() <= 1:
+                return self.element(inner, i) if value(inner).dim() else self.scalar(inner)
         found = self._arithmetic(node, lambda n: self.element(n, i))
         return {(node, i): 1} if found is None else found
 
     def _arithmetic(self, node: fx.Node, read: Any) -> Form | None:
         """a + b, a - b, element by element"""
-        sign = _SIGNS.get(node.target)
+        sign = _SIGNS.get(node.target)  # type: ignore[arg-type]
         if sign is None or len(node.args) != 2 or node.kwargs or not is_integral(node):
             return None
         forms = []
         for item in node.args:
             if isinstance(item, fx.Node):
-                alike = value(item).shape == value(node).shape
+                alike = str(value(item).shape) == str(value(node).shape)
                 if not is_integral(item) or not (alike or value(item).dim() == 0):
                     return None
                 forms.append(read(item) if alike else self.scalar(item))
@@ -142,7 +143,7 @@ class Numbers:
                 forms.append(_constant(item))
             else:
                 return None
-        return plus(*forms, sign)
+        return plus(forms[0], forms[1], sign)
 
 
 _SIGNS = {
@@ -269,7 +270,11 @@ def _scattered(counts: fx.Node) -> tuple[fx.Node, int] | None:
     rows, experts = value(zeros).shape
     root = root_of(ids)
     same_rows = str(rows) == str(value(root).shape[0])
-    if not same_rows or not isinstance(experts, int) or value(ids).shape != value(root).shape:
+    if (
+        not same_rows
+        or not isinstance(experts, int)
+        or str(value(ids).shape) != str(value(root).shape)
+    ):
         return None
     return root, experts
 
@@ -325,7 +330,10 @@ def _histc(counts: fx.Node) -> tuple[fx.Node, int] | None:
 
 def _added(counts: fx.Node) -> tuple[fx.Node, int] | None:
     """zeros(E).index_add(0, ids, ones)"""
-    if counts.target is not aten.index_add.default and counts.target is not aten.scatter_add.default:
+    if (
+        counts.target is not aten.index_add.default
+        and counts.target is not aten.scatter_add.default
+    ):
         return None
     if len(counts.args) != 4:
         return None

@@ -242,8 +242,6 @@ def _note_bounds(out: Emitter, node: fx.Node, made: fx.Node) -> None:
         out.numbers.note_slice(made, 0 if start is None else start, end)
 
 
-
-
 # -- rules -------------------------------------------------------------------------------------------------------------
 
 

@@ -79,8 +79,8 @@ _JOINS = frozenset({"cat", "concat", "concatenate", "vstack", "row_stack"})
 
 def restated(node: fx.Node, made: Any) -> Any:
     """``made``, the value of a Dynamo node that puts parts of data-dependent lengths together, of which it is claimed
-    that they are parts of one tensor and together as long as that.  Torch only knows a sum, and shapes that are inferred
-    from that are of no use.
+    that they are parts of one tensor and together as long as that.  Torch only knows a sum, and shapes that are
+    inferred from a sum are of no use.
 
     The claim is an operator in the graph.  It goes when the rows are unsorted, which shows it, and is in the way of
     every match until then.
@@ -124,7 +124,7 @@ class Order:
 
 
 def unsorted(out: Emitter, node: fx.Node) -> fx.Node | None:
-    """What ``node`` is worth, in the order of pairs, if it undoes a sort; None if it does not, or not that we can show."""
+    """What ``node`` is worth, made without a sort, if it undoes one; None if it does not, or not that we can show."""
     if node.target is aten.view.default:
         return _of_tokens(out, node)
     found = _undoes(node)
@@ -166,7 +166,8 @@ def _undoes(node: fx.Node) -> tuple[Order, fx.Node, bool] | None:
     if is_summed:
         order = _tokens(index)
         fits = order is not None and fill_of(base) == 0 and value(base).dim() == 2
-        fits = fits and str(value(base).shape[0]) == str(order.tokens)
+        if order is not None and fits:
+            fits = str(value(base).shape[0]) == str(order.tokens)
     else:
         order = order_of(index)
         fits = order is not None and str(value(base).shape[0]) == str(order.pairs)
@@ -238,9 +239,9 @@ def _quotient(node: fx.Node) -> tuple[Any, Any] | None:
     """``n // k`` of numbers that are not negative"""
     if node.target is aten.floor_divide.default and len(node.args) == 2:
         return node.args  # type: ignore[return-value]
-    if node.target in (aten.div.Tensor_mode, aten.div.Scalar_mode) and len(node.args) == 2:
-        if node.kwargs.get("rounding_mode") in ("floor", "trunc"):
-            return node.args  # type: ignore[return-value]
+    is_division = node.target in (aten.div.Tensor_mode, aten.div.Scalar_mode)
+    if is_division and len(node.args) == 2 and node.kwargs["rounding_mode"] in ("floor", "trunc"):
+        return node.args  # type: ignore[return-value]
     return None
 
 
@@ -373,9 +374,9 @@ class _Unsorting:
             return self._of_each_pair(base, node)
         if not self._is_same(order_of(index)) or self._depends_on_order(base):
             self._refuse(Code.SPELLING, "rows are not gathered in the order of the sort", node)
-        if base.target is aten.index.Tensor and len(base.args[1]) == 1:  # type: ignore[arg-type]
-            if _tokens_of_pairs(base.args[1][0], self.order):  # type: ignore[index]
-                return self._of_each_pair(node_arg(base, 0), node)
+        positions: Any = base.args[1] if base.target is aten.index.Tensor else ()
+        if len(positions) == 1 and _tokens_of_pairs(positions[0], self.order):
+            return self._of_each_pair(node_arg(base, 0), node)
         if str(value(base).shape[0]) != str(self.order.pairs):
             self._refuse(Code.SPELLING, "rows are not gathered from one for each pair", node)
         return base
@@ -412,7 +413,7 @@ class _Unsorting:
     def _written(self, node: fx.Node) -> fx.Node:
         """out[start_e:end_e] = part_e, for every e"""
         parts: dict[int, fx.Node] = {}
-        at = node
+        at: Any = node
         while at.target is aten.slice_scatter.default:
             bounds = self.out.numbers.bounds(at)
             before, part, *rest = at.args
@@ -422,15 +423,15 @@ class _Unsorting:
             if e in parts:
                 self._refuse(Code.EXPERT_TWICE, f"rows of expert {e} are written twice", at)
             parts[e] = _uncopied(part, at)
-            at = before  # type: ignore[assignment]
+            at = before
         missing = sorted(set(range(self.order.num_experts)) - set(parts))
         if missing:
             self._refuse(Code.EXPERT_MISSING, f"experts {missing[:4]} are never visited", node)
         return self.parallel([parts[e] for e in range(self.order.num_experts)])
 
-    # -- the rows of one expert after the other -------------------------------------------------------------------------
+    # -- the rows of one expert after the other ------------------------------------------------------------------------
     def parallel(self, nodes: Sequence[fx.Node]) -> fx.Node:
-        """``p [S, ..]`` such that ``nodes[e]`` are those rows of ``p`` whose expert is ``e``, in the order of the sort."""
+        """``p [S, ..]`` such that ``nodes[e]`` are the rows of ``p`` whose expert is ``e``, as the sort has them."""
         key = tuple(nodes)
         if key not in self._made:
             self._made[key] = self._parallel(key)
@@ -494,7 +495,7 @@ class _Unsorting:
         if atom is None or atom[1] is None or not self._counts(atom[0]):
             words = "the lengths of the slices are not known to be how often each expert was chosen"
             self._refuse(Code.PROOF, words, node)
-        counts, e = atom
+        counts, e = atom[0], int(atom[1])
         if start != {(counts, i): 1 for i in range(e)}:
             words = f"the rows of expert {e} do not start where those of the expert before end"
             self._refuse(Code.PROOF, words, node)
@@ -535,7 +536,9 @@ class _Unsorting:
                     self._refuse(Code.EXPERT_WEIGHTS, words, where)
             stack = stacks.pop()
             if value(stack).shape[0] != len(tensors):
-                self._refuse(Code.EXPERT_MISSING, "there are experts beyond those chosen from", where)
+                self._refuse(
+                    Code.EXPERT_MISSING, "there are experts beyond those chosen from", where
+                )
             return stack
         if all(t.target is aten._to_copy.default and t.kwargs == first.kwargs for t in tensors):
             inner = self._stacked([node_arg(t, 0) for t in tensors], where)
@@ -554,11 +557,12 @@ class _Unsorting:
     def _row_by_row(self, nodes: Sequence[fx.Node], inner: Any) -> fx.Node:
         """One operator that treats each row by itself, on all rows (one node) or on the rows of each expert."""
         first = nodes[0]
-        alike = all(n.target is first.target and len(n.args) == len(first.args) for n in nodes)
-        if not alike or not self._keeps_rows(first):
-            named = first if alike else next(n for n in nodes if n.target is not first.target)
-            words = f"`{name_of(named)}` is not computed row by row, or not for every expert"
-            self._refuse(self._code(), words, named)
+        for node in nodes:
+            if node.target is not first.target or len(node.args) != len(first.args):
+                words = f"one expert computes `{name_of(first)}`, another `{name_of(node)}`"
+                self._refuse(self._code(), words, node)
+        if not self._keeps_rows(first):
+            self._refuse(self._code(), f"`{name_of(first)}` is not known to keep rows apart", first)
         made = self._sized(first)
         rank = made.dim()
         args = []
@@ -579,13 +583,13 @@ class _Unsorting:
         return self.out.apply(first.target, tuple(args), dict(first.kwargs), made, _origin(first))
 
     def _operand(self, column: tuple[Any, ...], inner: Any, rank: int, where: fx.Node) -> fx.Node:
+        one, *_ = column
         if not all(isinstance(n, fx.Node) for n in column):
             self._refuse(self._code(), "experts differ in what they compute", where)
         if any(map(self._depends_on_order, column)):
             if any(value(n).dim() != rank for n in column) and not self._reshapes(where):
                 self._refuse(self._code(), "rows are combined with each other", where)
-            return inner(list(column)) if len(column) > 1 else inner(column[0])
-        one = column[0]
+            return inner(list(column)) if len(column) > 1 else inner(one)
         found = value(one)
         if found.dim() == rank and not _is_one(found.shape[0]):
             self._refuse(Code.SPELLING, "sorted rows are combined with rows that are not", where)
@@ -608,9 +612,10 @@ class _Unsorting:
         if self._reshapes(node):
             base = value(node_arg(node, 0))
             rows = self.out.same_sizes(found.shape[:1], base.shape[:1])
-            return rows and (node.target is not aten.expand.default or base.dim() == found.dim())
+            same_rank = bool(base.dim() == found.dim())
+            return rows and (same_rank or node.target is not aten.expand.default)
         if node.target is aten.slice.Tensor:
-            return node.args[1] != 0
+            return bool(node.args[1] != 0)
         return False
 
     def _reshapes(self, node: fx.Node) -> bool:
