@@ -265,7 +265,7 @@ class Programs:
         program = self._programs.get(key)
         if isinstance(program, Program):
             if not _hooked():
-                results = program(_current_stream(facts[0][3]), addresses)
+                results = program(_current_stream(inputs), addresses)
                 if results is not None:
                     return results
         elif program is None:
@@ -295,5 +295,6 @@ def _hooked() -> bool:
     )
 
 
-def _current_stream(device: int) -> int:
-    return triton.runtime.driver.active.get_current_stream(device)
+def _current_stream(inputs: Sequence[torch.Tensor | None]) -> int:
+    assert inputs[0] is not None
+    return triton.runtime.driver.active.get_current_stream(inputs[0].get_device())

@@ -5,6 +5,7 @@ arguments on, and a compiled stub fails when it is launched with arguments of an
 """
 
 import dataclasses
+import itertools
 import threading
 
 import pytest
@@ -281,7 +282,7 @@ def test_scratch_of_a_program_is_one_piece(log):
     (_, sorted_ids, expert_ids, count), slot_outputs = by_kernel[0], by_kernel[-1][0]
     pieces = sorted({sorted_ids, expert_ids, count, slot_outputs, by_kernel[2][0]})
     assert len(pieces) == 5
-    assert all((b - a) % 256 == 0 for a, b in zip(pieces, pieces[1:], strict=False))
+    assert all((b - a) % 256 == 0 for a, b in itertools.pairwise(pieces))
 
 
 def test_hooks_are_served(log, monkeypatch):
