@@ -120,7 +120,8 @@ class Program:
         scratch: Sequence[torch.Tensor],
         steps: Sequence[_Step],
     ) -> None:
-        self.results = [(tuple(r.shape), r.dtype, r.device) for r in results]
+        self.results = [(tuple(r.shape), r.stride(), r.dtype, r.device) for r in results]
+        self.current_stream = triton.runtime.driver.active.get_current_stream
         places: dict[int, str] = {}
         for index, tensor in enumerate([*inputs, *results]):
             if tensor is not None:
@@ -156,21 +157,26 @@ class Program:
             return None
         return Program(inputs, results, scratch, steps) if all(map(_is_plain, fresh)) else None
 
-    def __call__(self, stream: int, addresses: list[int]) -> list[torch.Tensor] | None:
+    def __call__(self, addresses: Sequence[int]) -> list[torch.Tensor] | None:
         """The results; None, and nothing launched, where an allocator does not align what it gives."""
+        # empty_strided takes half the time of empty.
         results = [
-            torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in self.results
+            torch.empty_strided(shape, strides, dtype=dtype, device=device)
+            for shape, strides, dtype, device in self.results
         ]
+        device = self.results[0][3]
         fresh = [tensor.data_ptr() for tensor in results]
         if self.scratch_bytes:
-            memory = torch.empty(self.scratch_bytes, dtype=torch.uint8, device=self.results[0][2])
+            memory = torch.empty_strided(
+                (self.scratch_bytes,), (1,), dtype=torch.uint8, device=device
+            )
             fresh.append(memory.data_ptr())
         for address in fresh:
             if address % ALIGNMENT:
                 return None
         if self.device_descriptors:
             allow_device_descriptors()
-        self.run(stream, *addresses, *fresh)
+        self.run(self.current_stream(device.index), *addresses, *fresh)
         return results
 
 
@@ -245,27 +251,28 @@ class Programs:
         ``call`` may work on tensors through ``launch`` alone.
 
         what: everything beside the facts of ``inputs`` that the launches depend on.
-        inputs: the tensors on the current device that the launches may read; None where one is absent.  The first
-            is never absent.
+        inputs: the tensors on the current device that the launches may read; None where one is absent.
         """
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in inputs]
-        facts = [
-            None
-            if tensor is None
-            else (
+        key, addresses = [what], []
+        for tensor in inputs:
+            if tensor is None:
+                key.append(None)
+                addresses.append(0)
+                continue
+            address = tensor.data_ptr()
+            addresses.append(address)
+            key += (
                 tensor.shape,
                 tensor.stride(),
                 tensor.dtype,
                 tensor.get_device(),
                 address % ALIGNMENT,
             )
-            for tensor, address in zip(inputs, addresses, strict=True)
-        ]
-        key = (what, *facts)
+        key = tuple(key)
         program = self._programs.get(key)
         if isinstance(program, Program):
             if not _hooked():
-                results = program(_current_stream(inputs), addresses)
+                results = program(addresses)
                 if results is not None:
                     return results
         elif program is None:
@@ -282,19 +289,14 @@ class Programs:
         return call(*arguments)
 
 
-def repeatable(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.hip is None
+def repeatable(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda and torch.version.hip is None
 
 
 def _hooked() -> bool:
     """Does somebody (Proton) listen to Triton's launches?"""
     runtime = triton.knobs.runtime
-    return any(
-        getattr(hook, "calls", hook)
-        for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook)
-    )
-
-
-def _current_stream(inputs: Sequence[torch.Tensor | None]) -> int:
-    assert inputs[0] is not None
-    return triton.runtime.driver.active.get_current_stream(inputs[0].get_device())
+    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        if hook is not None and getattr(hook, "calls", True):
+            return True
+    return False

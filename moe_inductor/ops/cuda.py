@@ -8,7 +8,6 @@ weights' shapes and the block sizes, so the launches can be captured in a CUDA g
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Sequence
 
@@ -37,12 +36,14 @@ def topk_routing(
     router_logits: torch.Tensor, k: int, renormalise: bool, weights_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``softmax`` in fp32 over the last dim, top-k: ``(topk_weights [T, k], topk_ids int64 [T, k])``."""
+    if _is_elsewhere(router_logits):
+        with torch.cuda.device(router_logits.device):
+            return topk_routing(router_logits, k, renormalise, weights_dtype)
     arguments = (router_logits, k, renormalise, weights_dtype)
-    with _on_device_of(router_logits):
-        if not repeatable(router_logits.device):
-            return _topk_routing(*arguments)
-        weights, ids = _PROGRAMS.run(arguments[1:], [router_logits], _topk_routing, *arguments)
-        return weights, ids
+    if not repeatable(router_logits):
+        return _topk_routing(*arguments)
+    weights, ids = _PROGRAMS.run(arguments[1:], [router_logits], _topk_routing, *arguments)
+    return weights, ids
 
 
 def fused_experts(
@@ -65,19 +66,34 @@ def fused_experts(
     Weights are a single ``[E, out, in]`` tensor or E ``[out, in]`` tensors, any strides; ``up_proj`` is empty
     when ``gate_up_proj`` holds gate and up rows, or when there is no gate.  Ids outside [0, E) contribute nothing.
     """
+    if _is_elsewhere(hidden_states):
+        with torch.cuda.device(hidden_states.device):
+            return fused_experts(
+                hidden_states,
+                topk_ids,
+                topk_weights,
+                gate_up_proj,
+                up_proj,
+                down_proj,
+                activation,
+                out_dtype,
+                gate_up_bias,
+                up_bias,
+                down_bias,
+                interleaved,
+                weight_on_input,
+            )
     facts = (activation, out_dtype, interleaved, weight_on_input)
-    with _on_device_of(hidden_states):
-        gate, up, down_ = (Stored.of(w) if w else None for w in (gate_up_proj, up_proj, down_proj))
-        assert gate is not None
-        assert down_ is not None
-        biases = [stacked_bias(b) if b else None for b in (gate_up_bias, up_bias, down_bias)]
-        arguments = (hidden_states, topk_ids, topk_weights, gate, up, down_, biases, *facts)
-        if not repeatable(hidden_states.device):
-            return _fused_experts(*arguments)[0]
-        lists = (gate.of_list, up.of_list if up else None, down_.of_list)
-        weights = (gate.tensor, up.tensor if up else None, down_.tensor)
-        inputs = [hidden_states, topk_ids, topk_weights, *weights, *biases]
-        return _PROGRAMS.run((facts, lists), inputs, _fused_experts, *arguments)[0]
+    gate, down_ = Stored.of(gate_up_proj), Stored.of(down_proj)
+    up = Stored.of(up_proj) if up_proj else None
+    biases = [stacked_bias(b) if b else None for b in (gate_up_bias, up_bias, down_bias)]
+    arguments = (hidden_states, topk_ids, topk_weights, gate, up, down_, biases, *facts)
+    if not repeatable(hidden_states):
+        return _fused_experts(*arguments)[0]
+    lists = (gate.of_list, up.of_list if up else None, down_.of_list)
+    weights = (gate.tensor, up.tensor if up else None, down_.tensor)
+    inputs = [hidden_states, topk_ids, topk_weights, *weights, *biases]
+    return _PROGRAMS.run((facts, lists), inputs, _fused_experts, *arguments)[0]
 
 
 def _fused_experts(
@@ -191,11 +207,9 @@ def run_plan(
     combine(slot_outputs, topk_ids, out, problem.E)
 
 
-def _on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    # Triton launches on the current device.  Switching costs a few us, so only where it is needed.
-    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(tensor.device)
+def _is_elsewhere(tensor: torch.Tensor) -> bool:
+    """Triton launches on the current device.  Switching costs a few us, so only where it is needed."""
+    return tensor.is_cuda and tensor.get_device() != torch.cuda.current_device()
 
 
 @functools.cache

@@ -7,6 +7,7 @@ arguments on, and a compiled stub fails when it is launched with arguments of an
 import dataclasses
 import itertools
 import threading
+import types
 
 import pytest
 import torch
@@ -85,10 +86,11 @@ def log(monkeypatch):
         jits = {n: v for n, v in vars(module).items() if hasattr(v, "arg_names")}
         for name, jit in jits.items():
             monkeypatch.setattr(module, name, Kernel(jit, entries))
-    monkeypatch.setattr(cuda, "repeatable", lambda device: True)
+    monkeypatch.setattr(cuda, "repeatable", lambda tensor: True)
     monkeypatch.setattr(cuda, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(cuda, "_PROGRAMS", launch.Programs())
-    monkeypatch.setattr(launch, "_current_stream", lambda device: 77)
+    driver = types.SimpleNamespace(get_current_stream=lambda device: 77)
+    monkeypatch.setattr(launch.triton.runtime.driver, "_active", driver)
     return entries
 
 
