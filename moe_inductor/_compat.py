@@ -39,7 +39,12 @@ from torch._dynamo.variables.builtin import BuiltinVariable
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.iter import IteratorVariable
 from torch._dynamo.variables.builder import VariableBuilder, wrap_fx_proxy
-from torch._dynamo.variables.lists import BaseListVariable, ListVariable
+from torch._dynamo.variables.lists import (
+    BaseListVariable,
+    ListVariable,
+    SliceVariable,
+    TupleVariable,
+)
 from torch._dynamo.variables.misc import GetAttrVariable
 from torch._dynamo.variables.tensor import (
     NumpyNdarrayVariable,
