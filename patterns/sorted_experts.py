@@ -18,16 +18,17 @@ from torch.nn import functional as F
 from moe_inductor.match.api import ExpertsSpelling, NearMiss, Sample, linear_of_pairs
 
 
-def reference(x, topk_ids, topk_weights, experts, *, weight_on, sum_in):
+def reference(x, topk_ids, topk_weights, experts, *, weight_on, product_in, sum_in):
     T, k = topk_ids.shape
-    ids = topk_ids.reshape(-1)
+    ids, weights = topk_ids.reshape(-1), topk_weights.reshape(-1, 1)
+    dtype = {"weights": weights.dtype, "float32": torch.float32}[product_in]
     rows = x.unsqueeze(1).expand(T, k, -1).reshape(T * k, -1)
     if weight_on == "input":
-        rows = (rows * topk_weights.reshape(-1, 1)).to(x.dtype)
+        rows = (rows * weights.to(dtype)).to(x.dtype)
     y = experts(rows, lambda operand, *weights: linear_of_pairs(operand, ids, *weights))
     y = y.view(T, k, -1)
     if weight_on == "output":
-        y = y * topk_weights.unsqueeze(-1)
+        y = y * topk_weights.unsqueeze(-1).to(dtype)
     return y.to({"product": y.dtype, "x": x.dtype}[sum_in]).sum(dim=1)
 
 
@@ -587,6 +588,8 @@ SORTED_EXPERTS = ExpertsSpelling(
     anchor="moe_inductor_region::pair_linear",
     facts={
         "weight_on": ("output", "input"),
+        # Of what has been multiplied by the weights, and what is then added up.
+        "product_in": ("float32", "weights"),
         "sum_in": ("product", "x"),
     },
     samples=(

@@ -312,10 +312,14 @@ def _of_tokens(out: Emitter, node: fx.Node) -> fx.Node | None:
 
 
 def _per_token(out: Emitter, rows: fx.Node, order: Order) -> fx.Node:
-    """view(a * b, [T, k, ..]) = view(a, ..) * view(b, ..), and so for casts"""
+    """view(a * b, [T, k, ..]) = view(a, ..) * view(b, ..), and so for casts, of what the experts give"""
     found = value(rows)
     shape = (order.tokens, order.top_k, *found.shape[1:])
     made, origin = found.new_empty(shape), _origin(rows)
+    cast = rows if rows.target is aten._to_copy.default else None
+    of_view = cast is not None and node_arg(cast, 0).target is aten.view.default
+    if not _is_of_experts(rows) and not of_view:
+        return out.view(rows, made, origin)
     if rows.target is aten.mul.Tensor and all(
         isinstance(a, fx.Node) and value(a).dim() == found.dim() for a in rows.args
     ):
@@ -325,6 +329,13 @@ def _per_token(out: Emitter, rows: fx.Node, order: Order) -> fx.Node:
         inner = _per_token(out, node_arg(rows, 0), order)
         return out.apply(aten._to_copy.default, (inner,), dict(rows.kwargs), made, origin)
     return out.view(rows, made, origin)
+
+
+def _is_of_experts(node: fx.Node) -> bool:
+    steps = (aten.mul.Tensor, aten.add.Tensor, aten._to_copy.default)
+    return node.target is PAIR_LINEAR or (
+        node.target in steps and any(map(_is_of_experts, node.all_input_nodes))
+    )
 
 
 def is_pointwise(target: Any) -> bool:
