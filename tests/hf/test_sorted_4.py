@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -20,7 +22,8 @@ HIDDEN, EXPERTS, K = 32, 6, 2
 
 
 def granitemoe():
-    from transformers.models.granitemoe.modeling_granitemoe import GraniteMoeConfig, GraniteMoeMoE
+    from transformers.models.granitemoe.configuration_granitemoe import GraniteMoeConfig
+    from transformers.models.granitemoe.modeling_granitemoe import GraniteMoeMoE
 
     config = GraniteMoeConfig(
         hidden_size=HIDDEN, intermediate_size=24, num_local_experts=EXPERTS, num_experts_per_tok=K
@@ -29,7 +32,8 @@ def granitemoe():
 
 
 def jetmoe():
-    from transformers.models.jetmoe.modeling_jetmoe import JetMoeConfig, JetMoeMoE
+    from transformers.models.jetmoe.configuration_jetmoe import JetMoeConfig
+    from transformers.models.jetmoe.modeling_jetmoe import JetMoeMoE
 
     config = JetMoeConfig(
         hidden_size=HIDDEN, intermediate_size=24, num_local_experts=EXPERTS, num_experts_per_tok=K
@@ -38,10 +42,8 @@ def jetmoe():
 
 
 def deepseek_v2(**kwargs):
-    from transformers.models.deepseek_v2.modeling_deepseek_v2 import (
-        DeepseekV2Config,
-        DeepseekV2MoE,
-    )
+    from transformers.models.deepseek_v2 import modeling_deepseek_v2
+    from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config
 
     config = DeepseekV2Config(
         hidden_size=HIDDEN,
@@ -51,7 +53,7 @@ def deepseek_v2(**kwargs):
         n_shared_experts=1,
         **kwargs,
     )
-    return DeepseekV2MoE(config)
+    return modeling_deepseek_v2.DeepseekV2MoE(config)  # type: ignore[attr-defined]
 
 
 def deepseek_v2_groups():
@@ -59,7 +61,8 @@ def deepseek_v2_groups():
 
 
 def aria():
-    from transformers.models.aria.modeling_aria import AriaTextConfig, AriaTextMoELayer
+    from transformers.models.aria.configuration_aria import AriaTextConfig
+    from transformers.models.aria.modeling_aria import AriaTextMoELayer
 
     config = AriaTextConfig(
         hidden_size=HIDDEN, intermediate_size=24, moe_num_experts=EXPERTS, moe_topk=K
@@ -68,7 +71,7 @@ def aria():
 
 
 def chosen(block: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    router = getattr(block, "router", None) or getattr(block, "gate", None)
+    router: Any = getattr(block, "router", None) or getattr(block, "gate", None)
     found: list[torch.Tensor] = []
 
     def note(module, args, output):
