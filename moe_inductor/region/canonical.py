@@ -27,7 +27,7 @@ from moe_inductor._compat import (
     make_fx,
 )
 from moe_inductor.reasons import Code, Refusal
-from moe_inductor.region.find import Region
+from moe_inductor.region.find import Region, is_anchor
 from moe_inductor.region.fold import Fold
 from moe_inductor.region.nodes import is_floating, location, mutated, name_of, storages, value
 from moe_inductor.region.normalise import normalise
@@ -55,6 +55,7 @@ class Canonical:
     dynamo_of: for a normal-form node, the Dynamo nodes that hold its value once the region has run, inputs included.
     fake_mode: where to trace references that are to be compared with ``graph``.
     grad_enabled: grad mode of the experts.  router_refusal: why the router must stay, when it runs under another.
+    without_grad: floating-point Dynamo nodes of the region that run under no_grad.
     autocast, router_autocast: under what references are to be traced.  The casts of autocast are written out in
         ``graph``, so that what the proof finds equal is equal, whatever runs under which.
     folded: what stands for passes of a loop that were not traced (``region/fold.py``).
@@ -68,6 +69,7 @@ class Canonical:
     autocast: Autocast | None
     router_autocast: Autocast | None
     router_refusal: Refusal | None
+    without_grad: frozenset[fx.Node] = frozenset()
     folded: Folded | None = None
 
     @property
@@ -94,7 +96,9 @@ def canonicalise(gm: fx.GraphModule, region: Region, folds: Fold | None = None) 
     states = _states(region)
     grad_enabled, router_refusal = _one_grad_mode(region, states)
     _no_foreign_mutation(region)
-    if not _one_autocast(region, states):
+    without_grad = {n for n in region.nodes if is_floating(n) and not states[n].grad_enabled}
+    untraced = set(region.nodes) - set(folds.nodes) if folds is not None else set()
+    if not _one_autocast(region, states) or (grad_enabled and untraced & without_grad):
         folds = None  # passes are compared without it
     fake_mode = _fake_mode(region)
     runner = _Runner(gm, region, folds, states)
@@ -134,8 +138,32 @@ def canonicalise(gm: fx.GraphModule, region: Region, folds: Fold | None = None) 
         states[region.anchor].autocast,
         states[region.root].autocast,
         router_refusal,
+        frozenset(without_grad),
         folded,
     )
+
+
+def check_grad_mode(canonical: Canonical, inputs: Sequence[fx.Node], output: fx.Node) -> None:
+    """Nothing between ``inputs`` and ``output`` is computed without gradients where the experts have them.
+
+    A view under no_grad holds the same value as what it views; the fused block might read either.
+    Raises Refusal(GRAD_STATE).
+    """
+    if not canonical.grad_enabled:
+        return
+    needed, todo = set(inputs), [output]
+    while todo:
+        node = todo.pop()
+        if node not in needed:
+            needed.add(node)
+            todo += node.all_input_nodes
+    inside = set(inputs)
+    for node in canonical.graph.nodes:
+        if node in needed and any(a in inside for a in node.all_input_nodes):
+            inside.add(node)
+    for holder in (h for node in inside for h in canonical.dynamo_of.get(node, ())):
+        if holder in canonical.without_grad:
+            raise Refusal(Code.GRAD_STATE, "", location(holder))
 
 
 def trace(
@@ -290,14 +318,14 @@ def _one_grad_mode(region: Region, states: dict[fx.Node, State]) -> tuple[bool, 
     """The experts run under one grad mode; returns that mode, and a refusal of the router if it runs under another.
 
     A value computed under ``torch.no_grad()`` inside a block that trains has no gradient; a fused one would have it.
+    What a match takes into the block besides (weights and tokens before they are multiplied) is ``check_grad_mode``'s.
     """
-    position = {node: i for i, node in enumerate(region.graph.nodes)}
+    of_experts = _reads_chosen_rows(region)
     router: dict[bool, fx.Node] = {}
     experts: dict[bool, fx.Node] = {}
     for node in region.nodes:
         if is_floating(node):
-            # The root belongs to the router: ids are often chosen without gradients.
-            part = router if position[node] <= position[region.root] else experts
+            part = experts if node in of_experts else router
             part.setdefault(states[node].grad_enabled, node)
     if len(experts) > 1:
         raise Refusal(Code.GRAD_STATE, "", location(experts[False]))
@@ -306,6 +334,15 @@ def _one_grad_mode(region: Region, states: dict[fx.Node, State]) -> tuple[bool, 
         return mode, None
     other = router.get(not mode, region.root)
     return mode, Refusal(Code.GRAD_STATE, "the router mixes grad modes", location(other))
+
+
+def _reads_chosen_rows(region: Region) -> set[fx.Node]:
+    """The anchors of the region and all that is computed from them: the rest may be the router's."""
+    found: set[fx.Node] = set()
+    for node in region.nodes:
+        if is_anchor(node) or any(a in found for a in node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _one_autocast(region: Region, states: dict[fx.Node, State]) -> bool:

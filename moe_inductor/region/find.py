@@ -100,7 +100,7 @@ class Region:
 
 def looks_like_moe(graph: fx.Graph) -> bool:
     """Cheap pre-check, linear in the graph: false for every model without experts, which then costs nothing."""
-    return any(_is_anchor(node) for node in graph.nodes)
+    return any(is_anchor(node) for node in graph.nodes)
 
 
 def find_regions(graph: fx.Graph) -> list[Region]:
@@ -109,7 +109,7 @@ def find_regions(graph: fx.Graph) -> list[Region]:
     by_root: dict[fx.Node, list[fx.Node]] = {}
     writers = _writers(graph)
     for node in graph.nodes:
-        if not _is_anchor(node):
+        if not is_anchor(node):
             continue
         root = _root_of(node, order, writers)
         # Rows of unknown number are nothing special by themselves: somebody must have chosen experts.
@@ -161,7 +161,8 @@ def _scores(node: fx.Node) -> bool:
     return is_tensor(source) and value(source).dim() >= 2
 
 
-def _is_anchor(node: fx.Node) -> bool:
+def is_anchor(node: fx.Node) -> bool:
+    """What no other code has: see above."""
     if node.op not in ("call_function", "call_method"):
         return False
     name = name_of(node)

@@ -27,7 +27,7 @@ from moe_inductor.match.router import propose_routers
 from moe_inductor.prove.assumptions import Assumed, prove_assumptions
 from moe_inductor.prove.prove import prove_experts, prove_router
 from moe_inductor.reasons import Code, Reason, Refusal
-from moe_inductor.region.canonical import Canonical, canonicalise
+from moe_inductor.region.canonical import Canonical, canonicalise, check_grad_mode
 from moe_inductor.region.find import (
     Region,
     dense_only,
@@ -143,6 +143,7 @@ def _prove_blocks(
             try:
                 with _timed(report, "prove"):
                     prove_experts(canonical, bound)
+                    check_grad_mode(canonical, bound.inputs(), bound.output)
                     lists, tests = spellings(HitListSpelling), spellings(ChosenSpelling)
                     prove_assumptions(canonical, bound, assumed, lists, tests)
             except Refusal as refusal:
