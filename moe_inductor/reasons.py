@@ -12,6 +12,7 @@ class Code(enum.Enum):
     # region/
     CONTROL_FLOW = "the expert loop was not captured"
     MUTATION = "a tensor that the block reads is changed while the block runs"
+    GRAD_STATE = "the block mixes grad modes"
     CANONICALISE = "the block could not be traced again on its own"
     # match/
     SPELLING = "no known spelling"
@@ -28,7 +29,6 @@ class Code(enum.Enum):
     # prove/
     PROOF = "the block is not equal to the reference"
     ASSUMPTION = "what capture assumed about the data does not hold"
-    GRAD_STATE = "the block mixes grad modes"
     # rewrite/ and ops/
     DTYPE = "dtype not supported"
     DEVICE = "device not supported"

@@ -406,12 +406,13 @@ class NoGradScores(Scattered):
 
 
 class NoGradLastExpert(Loop):
-    """One pass is the same code, and has no gradient."""
+    """The pass is the same code as the others, and its weights have no gradient."""
 
     def linear(self, rows, weight, bias, e):
-        if e != NUM_EXPERTS - 1:
-            return super().linear(rows, weight, bias, e)
-        with torch.no_grad():
+        if e == NUM_EXPERTS - 1:
+            with torch.no_grad():
+                weight = weight.clone()
+        else:
             weight = weight.clone()
         return super().linear(rows, weight, bias, e)
 
@@ -504,6 +505,7 @@ EXPERT_LOOP = ExpertsSpelling(
         Sample(name="sum_in_float", build=SumInFloat, dtypes=(torch.bfloat16,)),
         Sample(name="chooses_twice", build=ChoosesTwice, brief=True),
         Sample(name="compares_scores", build=ComparesScores, brief=True),
+        Sample(name="no_grad_weights", build=NoGradWeights, brief=True),
         Sample(name="top_one", build=TopOne),
         Sample(name="auxiliary_loss", build=AuxiliaryLoss),
         *(Sample(name=name, build=block, brief=True) for name, block in _blocks.variants(Loop)),
@@ -532,7 +534,6 @@ EXPERT_LOOP = ExpertsSpelling(
         NearMiss(name="adds_a_constant", build=AddsBias, code="ACCUMULATOR"),
         NearMiss(name="index_add_alpha", build=AddsTwice, code="SPELLING"),
         NearMiss(name="no_grad_inside", build=NoGradExpert, code="GRAD_STATE"),
-        NearMiss(name="no_grad_weights", build=NoGradWeights, code="GRAD_STATE"),
         NearMiss(name="no_grad_scores", build=NoGradScores, code="GRAD_STATE"),
         NearMiss(name="no_grad_last_expert", build=NoGradLastExpert, code="GRAD_STATE"),
         NearMiss(name="detached", build=Detached, code="SPELLING"),

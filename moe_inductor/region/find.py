@@ -93,6 +93,18 @@ class Region:
         read = [a for n in self.nodes for a in n.all_input_nodes if a not in members]
         self.inputs = list(dict.fromkeys((*read, *self.read_by_others)))
 
+    def give_up(self, nodes: list[fx.Node]) -> bool:
+        """Leave ``nodes`` and all that depends on them to the model.  False, and nothing done, if the root or an
+        anchor is among them."""
+        order = {node: i for i, node in enumerate(self.graph.nodes)}
+        gone = _downstream(self.graph, nodes, order) | set(nodes)
+        left = [n for n in self.nodes if n not in gone]
+        if not nodes or self.root in gone or any(n in gone and _is_anchor(n) for n in self.nodes):
+            return False
+        self.nodes = left
+        self.refresh()
+        return True
+
     @property
     def location(self) -> str:
         return location(self.anchor) or location(self.root)
@@ -100,7 +112,7 @@ class Region:
 
 def looks_like_moe(graph: fx.Graph) -> bool:
     """Cheap pre-check, linear in the graph: false for every model without experts, which then costs nothing."""
-    return any(is_anchor(node) for node in graph.nodes)
+    return any(_is_anchor(node) for node in graph.nodes)
 
 
 def find_regions(graph: fx.Graph) -> list[Region]:
@@ -109,7 +121,7 @@ def find_regions(graph: fx.Graph) -> list[Region]:
     by_root: dict[fx.Node, list[fx.Node]] = {}
     writers = _writers(graph)
     for node in graph.nodes:
-        if not is_anchor(node):
+        if not _is_anchor(node):
             continue
         root = _root_of(node, order, writers)
         # Rows of unknown number are nothing special by themselves: somebody must have chosen experts.
@@ -161,8 +173,7 @@ def _scores(node: fx.Node) -> bool:
     return is_tensor(source) and value(source).dim() >= 2
 
 
-def is_anchor(node: fx.Node) -> bool:
-    """What no other code has: see above."""
+def _is_anchor(node: fx.Node) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
     name = name_of(node)

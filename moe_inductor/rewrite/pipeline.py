@@ -27,7 +27,7 @@ from moe_inductor.match.router import propose_routers
 from moe_inductor.prove.assumptions import Assumed, prove_assumptions
 from moe_inductor.prove.prove import prove_experts, prove_router
 from moe_inductor.reasons import Code, Reason, Refusal
-from moe_inductor.region.canonical import Canonical, canonicalise, check_grad_mode
+from moe_inductor.region.canonical import Canonical, canonicalise
 from moe_inductor.region.find import (
     Region,
     dense_only,
@@ -101,6 +101,8 @@ def _fuse_region(
         return
     report.artifacts[f"canonical_{len(report.artifacts)}"] = str(canonical.graph)
     if not blocks:
+        if canonical.grad_refusal is not None:
+            refused = [canonical.grad_refusal]  # no spelling has both modes
         report.blocks.append(_not_fused(region, refused))
         return
     for bound in blocks:
@@ -143,7 +145,6 @@ def _prove_blocks(
             try:
                 with _timed(report, "prove"):
                     prove_experts(canonical, bound)
-                    check_grad_mode(canonical, bound.inputs(), bound.output)
                     lists, tests = spellings(HitListSpelling), spellings(ChosenSpelling)
                     prove_assumptions(canonical, bound, assumed, lists, tests)
             except Refusal as refusal:

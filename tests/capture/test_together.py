@@ -1,4 +1,4 @@
-"""Rolled capture together with what else happens to a model: checkpointing, threads, other backends, Dynamo's config."""
+"""Rolled capture and what else happens to a model: checkpointing, threads, other backends, Dynamo's config."""
 
 from __future__ import annotations
 
