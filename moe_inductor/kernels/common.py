@@ -11,16 +11,6 @@ import triton.language as tl
 
 
 @triton.jit
-def start_early():
-    """First thing in a kernel launched with ``early_launch``: it may run before the one in front of it has ended.
-
-    Waits until all that was written before is visible, and lets the next such kernel be set up.
-    """
-    tl.extra.cuda.gdc_wait()
-    tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
 def tile_order(tile, num_m, num_n, GROUP_M: tl.constexpr):
     """Map a linear tile number to ``(m, n)``, walking GROUP_M row blocks per column so that weights stay in L2."""
     tiles_per_group = GROUP_M * num_n

@@ -40,13 +40,10 @@ class GemmConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GemvConfig:
-    """early: set the kernel up while the one in front of it still runs (programmatic dependent launch)."""
-
     block_n: int
     block_k: int
     num_warps: int = 4
     num_stages: int = 2
-    early: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +94,7 @@ class Problem:
 
     @property
     def has_large_shared_memory(self) -> bool:
-        return self.capability[0] in (9, 10)  # 227 KB, TMA, early launch; others have 99 to 163 KB
+        return self.capability[0] in (9, 10)  # 227 KB and TMA; others have 99 to 163 KB
 
 
 def choose_plan(problem: Problem) -> Plan:
@@ -121,15 +118,14 @@ def _few_experts_hit_twice(problem: Problem) -> bool:
 
 
 def _decode_plan(problem: Problem) -> DecodePlan:
-    early = problem.has_large_shared_memory
     if not problem.unit_stride:
         # Neighbouring outputs are neighbours in memory: make the tile long that way.
-        return DecodePlan(GemvConfig(64, 32, early=early), GemvConfig(64, 16, early=early))
+        return DecodePlan(GemvConfig(64, 32), GemvConfig(64, 16))
     # The down tile holds all experts of a token (up to 8): the more there are, the fewer rows of each.
     down = {1: (8, 512), 2: (4, 256)}.get(problem.k, (4, 128))
     return DecodePlan(
-        GemvConfig(block_n=16, block_k=256, num_warps=4, num_stages=3, early=early),
-        GemvConfig(*down, num_warps=4, num_stages=3, early=early),
+        GemvConfig(block_n=16, block_k=256, num_warps=4, num_stages=3),
+        GemvConfig(*down, num_warps=4, num_stages=3),
     )
 
 

@@ -22,9 +22,9 @@ import triton.language as tl
 
 from moe_inductor.unit import Unit
 
-from .common import expert_address, load_bias, load_biases, start_early
+from .common import expert_address, load_bias, load_biases
 from .configs import GemvConfig
-from .launch import early_launch, launch
+from .launch import launch
 from .unit import evaluate
 from .weights import Projection, layout_of
 
@@ -63,10 +63,7 @@ def _decode_gate_up(
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    if EARLY:
-        start_early()
     slot = tl.program_id(1)
     expert = tl.load(topk_ids_ptr + slot)
     valid = (expert >= 0) & (expert < E)
@@ -150,11 +147,8 @@ def _decode_down(
     EVEN_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     SLOTS: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """One token.  Its experts are one dimension of the tile, so that all their loads are in flight together."""
-    if EARLY:
-        start_early()
     token = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     ks = tl.arange(0, BLOCK_K)
@@ -260,9 +254,7 @@ def decode_gate_up(
         EVEN_N=I % config.block_n == 0,
         EVEN_K=H % config.block_k == 0,
         NUM_STAGES=config.num_stages,
-        EARLY=config.early,
         num_warps=config.num_warps,
-        **early_launch(config.early),
     )
 
 
@@ -302,7 +294,5 @@ def decode_down(
         EVEN_K=I % config.block_k == 0,
         NUM_STAGES=config.num_stages,
         SLOTS=min(MAX_SLOTS, triton.next_power_of_2(k)),
-        EARLY=config.early,
         num_warps=config.num_warps,
-        **early_launch(config.early),
     )

@@ -62,11 +62,6 @@ class _Recording(threading.local):
 _RECORDING = _Recording()
 
 
-def early_launch(early: bool) -> dict[str, Any]:
-    """Options for ``launch`` of a kernel that begins with ``start_early`` (programmatic dependent launch, sm_90 on)."""
-    return {"launch_pdl": True} if early else {}
-
-
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """Launch a Triton kernel through its JIT, and write it down if somebody records."""
     compiled = kernel[grid](*args, **meta)

@@ -91,7 +91,7 @@ def record(monkeypatch):
 
 def compile_for(target, kernel, args, meta):
     """The JIT's specialisation of the arguments (1, multiples of 16), done by hand."""
-    options = {n: meta[n] for n in ("num_warps", "num_stages", "launch_pdl") if n in meta}
+    options = {n: meta[n] for n in ("num_warps", "num_stages") if n in meta}
     values = dict(zip(kernel.arg_names, args, strict=False))
     values |= {n: v for n, v in meta.items() if n not in options}
     signature, constants, attributes = {}, {}, {}
@@ -146,11 +146,6 @@ def test_sm90(T, shape, layout, record, tmp_path):
             assert "wgmma.mma_async" in ptx
         if meta.get("USE_BOX"):
             assert "cp.async.bulk.tensor" in ptx
-        # Launched early if and only if the kernel waits; nothing is read or written before.
-        early = compiled.metadata.launch_pdl
-        assert early == ("griddepcontrol.wait" in ptx) == (T == 1 and "EARLY" in meta)
-        before = ptx[: ptx.index("griddepcontrol.wait")] if early else ""
-        assert not re.search(r"\b(ld|st|cp\.async\S*)\.global", before)
         if meta.get("FROM_TABLE") and not meta.get("USE_BOX"):
             assert "cp.async.cg.shared.global" in ptx or "v4.b32" in ptx  # 16-byte loads
 
