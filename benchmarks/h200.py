@@ -3,8 +3,9 @@ them, and the eager loop.
 
 Per cell (shape, T), in one run: the output of 32 tokens is compared with fp64, then every contestant is timed.
 All run in a CUDA graph over rotating inputs, each with its own skewed routing; only the eager loop synchronises with
-the host, so it runs on a stream.  Peers that are not installed are left out and named in the results.  Results are written after every cell, to
-``benchmarks/results/h200.json`` or ``--out``; ``python -m benchmarks.tables`` makes docs/performance.md of them.
+the host, so it runs on a stream.  Peers that are not installed are left out and named in the results.  Results are
+written after every cell, to ``benchmarks/results/h200.json`` or ``--out``; ``python -m benchmarks.tables`` makes
+docs/performance.md of them.
 """
 
 from __future__ import annotations
@@ -141,9 +142,7 @@ def main() -> None:
 def ceilings() -> dict[str, Any]:
     """What this card reaches now: a pass over 2 GiB (bytes read plus bytes written), and cuBLAS bf16, 8192 cubed."""
     source = torch.randn(2**29, device="cuda")
-    target = torch.empty_like(source)
-    copy = graph_us(lambda _: torch.add(source, 1, out=target), [None])
-    del source, target
+    copy = graph_us(lambda target: torch.add(source, 1, out=target), [torch.empty_like(source)])
     a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
     product = graph_us(lambda _: a @ b, [None])
     return {
