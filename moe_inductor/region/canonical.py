@@ -104,7 +104,8 @@ def canonicalise(gm: fx.GraphModule, region: Region, folds: Fold | None = None) 
     states = _states(region)
     grad = _grad_modes(region, states)
     _no_foreign_mutation(region)
-    if not _one_autocast(region, states):
+    untraced = set(region.nodes).difference(folds.nodes if folds is not None else region.nodes)
+    if not _one_autocast(region, states) or untraced & grad.stopped:
         folds = None  # passes are compared without it
     fake_mode = _fake_mode(region)
     runner = _Runner(gm, region, folds, states, grad.stopped)
