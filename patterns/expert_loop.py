@@ -17,13 +17,11 @@ from torch.nn import functional as F
 from moe_inductor.match.api import ExpertsSpelling, NearMiss, Sample
 
 
-def reference(x, topk_ids, topk_weights, experts, *, mask, sum_in, weight_on, scattered):
-    dtype = {"x": x.dtype, "weights": topk_weights.dtype, "float32": torch.float32}[sum_in]
+def reference(x, topk_ids, topk_weights, experts, *, mask, sum_in, weight_on):
+    dtype = torch.float32 if sum_in == "float32" else x.dtype
+    if sum_in == "weights" and topk_weights is not None:
+        dtype = topk_weights.dtype
     out = torch.zeros(x.shape, dtype=dtype, device=x.device)
-    if scattered:  # scores of all experts, zero where one was not chosen
-        scores = torch.zeros(
-            (x.shape[0], experts.num_experts), dtype=topk_weights.dtype, device=x.device
-        ).scatter(1, topk_ids, topk_weights)
     for e, expert in experts:
         # In the normal form a row of a one-hot mask is this comparison.
         hit = topk_ids == e
@@ -32,12 +30,11 @@ def reference(x, topk_ids, topk_weights, experts, *, mask, sum_in, weight_on, sc
         else:
             token, slot = torch.where(hit)
         rows = x[token]
-        weights = scores[token, e, None] if scattered else topk_weights[token, slot, None]
         if weight_on == "input":
-            rows = (rows * weights).to(x.dtype)
+            rows = (rows * topk_weights[token, slot, None]).to(x.dtype)
         y = expert(rows)
         if weight_on == "output":
-            y = y * weights
+            y = y * topk_weights[token, slot, None]
         out = out.index_add(0, token, y.to(dtype))
     return out
 
@@ -416,11 +413,9 @@ EXPERT_LOOP = ExpertsSpelling(
     facts={
         "mask": ("slots first", "tokens first"),
         "sum_in": ("x", "weights", "float32"),
-        "weight_on": ("output", "input"),
-        "scattered": (False, True),
+        "weight_on": ("output", "input", "nothing"),
     },
     loop=True,
-    ids_in_range="scattered",
     samples=(
         Sample(name="stacked", build=Loop),
         Sample(name="tokens_first", build=TokensFirst),

@@ -116,7 +116,9 @@ class _Attempt:
             for name in ("x", "topk_ids", "topk_weights"):
                 if name in part and bound.setdefault(name, part[name]) is not part[name]:
                     raise Refusal(Code.INPUTS_DIFFER, "", location(output))
-        if len(bound) < 3:
+        if not {"x", "topk_ids"} <= bound.keys() or (
+            "topk_weights" not in bound and self.facts.get("weight_on") != "nothing"
+        ):
             raise Refusal(Code.SPELLING, "", location(output))
         return Iteration(match, match.kwargs, unit, second, bound)
 
@@ -164,7 +166,7 @@ class _Attempt:
             output=group.output,
             x=group.x,
             topk_ids=ids,
-            topk_weights=iteration.bound["topk_weights"],
+            topk_weights=iteration.bound.get("topk_weights"),
             gate_up=group.gate_up,
             up=group.up,
             down=group.down,
@@ -176,10 +178,11 @@ class _Attempt:
         """A pattern can match where a trace with other dtypes or with k > 1 is meant: leave it to that one."""
         T, H = value(group.output).shape
         x, ids = value(group.x), value(iteration.bound["topk_ids"])
+        weights = iteration.bound.get("topk_weights")
         fits = (
             x.dtype == self.shapes.x_dtype
             and moe.experts.weight_dtype == self.shapes.weight_dtype
-            and value(iteration.bound["topk_weights"]).dtype == self.shapes.routing_dtype
+            and (weights is None or value(weights).dtype == self.shapes.routing_dtype)
             and (moe.top_k == 1) == (self.shapes.top_k == 1)
             and str(x.numel()) == str(T * H)
             and str(ids.numel()) == str(T * moe.top_k)
@@ -274,7 +277,9 @@ def _describe(
             weight_dtype=matrix.dtype,
             compute_dtype=unit.dtype,
         ),
-        combine=Combine(weight_on=weight_on, out_dtype=value(group.output).dtype),
+        combine=Combine(
+            weight_on="input" if weight_on == "input" else "output", out_dtype=value(group.output).dtype
+        ),
     )
 
 

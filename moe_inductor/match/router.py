@@ -22,6 +22,9 @@ def propose_routers(
     """Every known router that ``bound.topk_weights`` could be.  Raises Refusal(ROUTER) when there is none."""
     found = []
     weights = bound.topk_weights
+    if weights is None:
+        where = canonical.source_of(bound.topk_ids)
+        raise Refusal(Code.ROUTER, "router not recognised (weights are applied elsewhere)", where)
     tokens = value(weights).shape[0]
     for spelling in spellings:
         for facts, dtype in itertools.product(combinations(spelling.facts), _floats(canonical)):

@@ -248,7 +248,7 @@ def _shapes(bound: Bound) -> dict[str, str]:
         "topk_ids": bound.topk_ids,
         "topk_weights": bound.topk_weights,
     }
-    return {name: str(list(value(node).shape)) for name, node in named.items()}
+    return {n: str(list(value(node).shape)) for n, node in named.items() if node is not None}
 
 
 @contextlib.contextmanager

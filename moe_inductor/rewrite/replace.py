@@ -21,6 +21,7 @@ from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.canonical import Canonical
 from moe_inductor.region.nodes import is_floating, location, mutated, storages, value
 from moe_inductor.rewrite.liveness import erase_unneeded, needed
+from moe_inductor.rewrite.remake import Remake
 
 _EXPERTS = torch.ops.moe_inductor.fused_experts.default
 _ROUTING = torch.ops.moe_inductor.topk_routing.default
@@ -55,14 +56,17 @@ class Rewriter:
 
     def _readable(self, node: fx.Node, position: int) -> fx.Node:
         """A Dynamo node that has the value of ``node`` at ``position``."""
-        for holder in self.holders(node):
-            if self.ready(holder) <= position:
-                return holder
-        raise Refusal(
-            Code.MUTATION,
-            "an operand of the block exists only in a tensor that is written to again",
-            self.canonical.source_of(node),
-        )
+        found = self._holder(node, position)
+        if found is None:
+            raise Refusal(
+                Code.MUTATION,
+                "an operand of the block exists only in a tensor that is written to again",
+                self.canonical.source_of(node),
+            )
+        return found
+
+    def _holder(self, node: fx.Node, position: int) -> fx.Node | None:
+        return next((h for h in self.holders(node) if self.ready(h) <= position), None)
 
     # -- the experts -------------------------------------------------------------------------------------------------
     def fuse_experts(self, bound: Bound) -> fx.Node:
@@ -72,17 +76,18 @@ class Rewriter:
             raise Refusal(Code.MUTATION, "the block's output is never held by the model", "")
         position = min(self.ready(h) for h in outputs)
         (after,) = (n for n in self.graph.nodes if self.order[n] == position)
-        inputs = {n: self._readable(n, position) for n in bound.inputs()}
+        remake = Remake(self.canonical, lambda node: self._holder(node, position))
+        for operand in bound.inputs():
+            remake.plan(operand)
         made = value(outputs[0])
         if not made.is_contiguous():
             raise Refusal(Code.LAYOUT, "the block's output is not contiguous", location(outputs[0]))
 
         replaced = self._takes_over(outputs, position)
         keep = needed(self.canonical.region, replaced)
-        self._keep_operands(keep, inputs.values())
+        self._keep_operands(keep, remake.read)
         self._no_escape(bound, keep)
 
-        x, ids, weights = (inputs[n] for n in (bound.x, bound.topk_ids, bound.topk_weights))
         moe = bound.moe
         dtype = moe.experts.compute_dtype
 
@@ -92,10 +97,17 @@ class Rewriter:
         with self.graph.inserting_after(after):
             anchor = self.graph.call_function(_EXPERTS, ())
         with self.graph.inserting_before(anchor):
+            inputs = {n: remake.emit(self.graph, n, self._finish) for n in bound.inputs()}
+            x, ids = inputs[bound.x], self._matrix(inputs[bound.topk_ids], moe.top_k)
+            if bound.topk_weights is not None:
+                weights = self._matrix(inputs[bound.topk_weights], moe.top_k)
+            else:  # every chosen expert counts once
+                weights = self.graph.call_function(torch.ones_like, (ids,), {"dtype": dtype})
+                self._finish(weights, ids)
             anchor.args = (
                 self._cast(self._matrix(x, moe.experts.hidden_size), dtype),
-                self._matrix(ids, moe.top_k),
-                self._matrix(weights, moe.top_k),
+                ids,
+                weights,
                 *each(lambda w: self._weights(w, inputs, dtype)),
                 moe.experts.activation,
                 moe.combine.out_dtype,
