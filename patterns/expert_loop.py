@@ -9,7 +9,7 @@ The most common eager spelling: Mixtral and Qwen of transformers up to 4.51, OLM
 """
 
 import torch
-from moe_inductor.patterns import _blocks
+from moe_inductor.patterns import _blocks, _mask_loops
 from moe_inductor.patterns._blocks import HIDDEN, INTERMEDIATE, NUM_EXPERTS
 from torch import nn
 from torch.nn import functional as F
@@ -428,10 +428,12 @@ EXPERT_LOOP = ExpertsSpelling(
         Sample(name="sum_in_float", build=SumInFloat, dtypes=(torch.bfloat16,)),
         Sample(name="top_one", build=TopOne),
         Sample(name="auxiliary_loss", build=AuxiliaryLoss),
+        *_mask_loops.SAMPLES,
         *(Sample(name=name, build=block, brief=True) for name, block in _blocks.variants(Loop)),
     ),
     near_misses=(
         *(NearMiss(name=n, build=b, code=c) for n, b, c in _blocks.near_variants(Loop)),
+        *_mask_loops.NEAR_MISSES,
         NearMiss(name="one_expert_gelu", build=OneGelu, code="ACTIVATION"),
         NearMiss(name="one_expert_alpha", build=OneAlpha, code="ACTIVATION"),
         NearMiss(name="one_expert_up_first", build=OneUpFirst, code="ACTIVATION"),
@@ -442,7 +444,7 @@ EXPERT_LOOP = ExpertsSpelling(
         NearMiss(name="bias_not_weighted", build=BiasNotWeighted, code="SPELLING"),
         NearMiss(name="scaled_bias", build=ScaledBias, code="SPELLING"),
         NearMiss(name="one_expert_under_autocast", build=OneUnderAutocast, code="SPELLING"),
-        NearMiss(name="score_of_other_expert", build=OtherColumn, code="PROOF"),
+        NearMiss(name="score_of_other_expert", build=OtherColumn, code="SPELLING"),
         NearMiss(name="weight_twice", build=WeightTwice, code="SPELLING"),
         NearMiss(name="norm_after_expert", build=PostNorm, code="SPELLING"),
         NearMiss(name="expert_missing", build=Missing, code="EXPERT_MISSING"),

@@ -71,7 +71,9 @@ class Bound:
     def inputs(self) -> list[fx.Node]:
         """The tensors a fused block reads, in the order that ``prove.reference_of`` takes them."""
         weights = [n for w in self.projections if w is not None for n in (*w.nodes, *w.bias)]
-        routing = [self.topk_ids] if self.topk_weights is None else [self.topk_ids, self.topk_weights]
+        routing = (
+            [self.topk_ids] if self.topk_weights is None else [self.topk_ids, self.topk_weights]
+        )
         return [self.x, *routing, *weights]
 
 

@@ -278,7 +278,8 @@ def _describe(
             compute_dtype=unit.dtype,
         ),
         combine=Combine(
-            weight_on="input" if weight_on == "input" else "output", out_dtype=value(group.output).dtype
+            weight_on="input" if weight_on == "input" else "output",
+            out_dtype=value(group.output).dtype,
         ),
     )
 

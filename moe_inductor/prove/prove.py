@@ -48,7 +48,9 @@ def reference_of(bound: Bound) -> Callable[..., torch.Tensor]:
 
     def reference(x: torch.Tensor, topk_ids: torch.Tensor, *others: Any) -> torch.Tensor:
         left: list[Any] = list(others)
-        topk_weights = left.pop(0).reshape(-1, moe.top_k) if bound.topk_weights is not None else None
+        topk_weights = (
+            left.pop(0).reshape(-1, moe.top_k) if bound.topk_weights is not None else None
+        )
 
         def take(nodes: Sequence[fx.Node]) -> list[torch.Tensor]:
             taken, left[:] = left[: len(nodes)], left[len(nodes) :]

@@ -135,9 +135,12 @@ class Emitter:
 
     # -- the three uniform spellings that rules build -------------------------------------------------------------
     def view(self, base: fx.Node, val: Any, origin: str | None) -> fx.Node:
-        """view(view(x, a), b) = view(x, b);  view(x, shape of x) = x"""
+        """view(view(x, a), b) = view(x, b);  view(x, shape of x) = x;  view(full(a, c), b) = full(b, c)"""
         if base.target is aten.view.default:
             base = node_arg(base, 0)
+        if base.target is aten.full.default:
+            args = (self.sizes(val), base.args[1])
+            return self.emit(aten.full.default, args, dict(base.kwargs), val, origin)
         if self.same_shape(value(base), val):
             return base
         return self.emit(aten.view.default, (base, self.sizes(val)), {}, val, origin)
@@ -336,7 +339,7 @@ def _select(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 
 
 def row_of(out: Emitter, base: fx.Node, dim: int, index: Any, made: Any, origin: str | None) -> Any:
-    """select(nonzero(x) [n, 1], 1, 0) = view(nonzero(x), [n])
+    """select(x, d, 0) = view(x, ..) for integers, where d has one element
     select(view(x, s), d, i) = view(select(x, d, i), ..) where the view keeps the dimensions up to d"""
     if base.target is aten.view.default:
         inner = node_arg(base, 0)
@@ -344,7 +347,7 @@ def row_of(out: Emitter, base: fx.Node, dim: int, index: Any, made: Any, origin:
         if len(leading) > dim and out.same_sizes(value(base).shape[: dim + 1], leading):
             narrow = row_of(out, inner, dim, index, value(inner).select(dim, 0), origin)
             return out.view(narrow, made, origin)
-    if base.target is aten.nonzero.default and is_one(value(base).shape[dim]):
+    if is_integral(base) and is_one(value(base).shape[dim]) and index == 0:
         return out.view(base, made, origin)
     row = _one_hot_row(out, base, dim, index, made, origin)
     if row is not None:
@@ -385,7 +388,8 @@ def _one_hot_row(
 def _count(out: Emitter, node: fx.Node, args: tuple[Any, ...], kwargs: dict) -> Any:
     """sum(permute(x, p), dims) = sum(x, p[dims]) for integers, where at most one dimension is left
     sum(x, every dimension) = sum(x);  sum(view(x)) = sum(x);  any(permute(x)) = any(view(x)) = any(x)
-    any(any(x, d)) = any(x);  sum(cast(b, int64)) = sum(b);  any(cast(b)) = any(b) for a boolean b: integers add up in any order"""
+    any(any(x, d)) = any(x);  sum(cast(b, int64)) = sum(b);  any(cast(b)) = any(b) for a boolean b: integers add up in
+    any order"""
     made, base = value(node), args[0]
     if node.target is not aten.any.default and not is_integral(node):
         return None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moe_inductor.region.nodes import node_arg, value
+from moe_inductor.region.nodes import node_arg, same_sizes, value
 from moe_inductor.region.normalise import Emitter, is_one, row_of, rule
 
 aten = torch.ops.aten
@@ -76,7 +76,10 @@ def _own_score(
     if dim != 1 or kept_of(of_expert[0]) is not kept_of(ids):  # type: ignore[arg-type]
         return None
     classes = value(matrix).shape[1]
-    if not are_distinct(ids, classes) or value(scores).shape != value(ids).shape:  # type: ignore[arg-type]
+    if not are_distinct(ids, classes) or not same_sizes(
+        value(scores).shape,
+        value(ids).shape,  # type: ignore[arg-type]
+    ):
         return None
     token = indices[0]
     pairs = node_arg(token, 0)
@@ -105,7 +108,7 @@ def _put(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     found = value(base)
     if rows is None or value(given).dim() != found.dim():
         return None
-    added = given if accumulate else _increment(base, rows, given)
+    added = given if accumulate else _increment(out, base, rows, given)
     if added is None and _are_zero(base, rows):
         added = given
     if added is None or value(added).dtype != found.dtype:
@@ -118,7 +121,7 @@ def _put(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     return out.view(total, made, origin)
 
 
-def _increment(base: fx.Node, rows: fx.Node, given: fx.Node) -> fx.Node | None:
+def _increment(out: Emitter, base: fx.Node, rows: fx.Node, given: fx.Node) -> fx.Node | None:
     """``y`` where ``given`` is ``index(base, [rows]) + y`` and no row occurs twice."""
     if given.target is not aten.add.Tensor or len(given.args) != 2 or not occur_once(rows):
         return None
@@ -129,7 +132,7 @@ def _increment(base: fx.Node, rows: fx.Node, given: fx.Node) -> fx.Node | None:
             and mine.target is aten.index.Tensor
             and mine.args[0] is base
             and list(mine.args[1]) == [rows]  # type: ignore[call-overload]
-            and value(other).shape == value(mine).shape
+            and out.same_shape(value(other), value(mine))
         ):
             return other
     return None
@@ -179,22 +182,19 @@ def _rows(out: Emitter, mask: fx.Node, count: Any, origin: str | None) -> fx.Nod
 def rows_of(out: Emitter, mask: fx.Node, listed: torch.Tensor, origin: str | None) -> fx.Node:
     """view(nonzero(any(ids == e, 1)), [n]) = nonzero(ids == e)[:, 0] for ids [T, k] that are distinct in each row
     view(nonzero(ids == e), [n]) = nonzero(view(ids, [T, 1]) == e)[:, 0] for ids [T]"""
-    compared = mask
-    if mask.target is aten.any.dim and mask.args[1:] == (1,):
-        compared = node_arg(mask, 0)
+    inner = node_arg(mask, 0) if mask.target is aten.view.default else mask
+    any_slot = inner.target is aten.any.dim and inner.args[1:] == (value(inner).dim(),)
+    compared = node_arg(inner, 0) if any_slot else inner
     if compared.target is aten.eq.Scalar:
         ids, e = node_arg(compared, 0), compared.args[1]
-        column = listed.new_empty((listed.shape[0],))
-        if value(ids).dim() == 1 and compared is mask:
-            ids = out.view(ids, value(ids).unsqueeze(-1), origin)
-            hit = value(mask).unsqueeze(-1)
+        width = value(ids).shape[-1] if any_slot else 1
+        if not any_slot or are_distinct(ids):
+            ids = out.view(ids, value(ids).reshape(-1, width), origin)
+            hit = torch.empty_like(value(ids), dtype=torch.bool)
             compared = out.emit(aten.eq.Scalar, (ids, e), {}, hit, origin)
-        elif compared is mask or not are_distinct(ids):
-            compared = None
-        if compared is not None:
             pairs = listed.new_empty((listed.shape[0], 2))
             pairs_of = out.emit(aten.nonzero.default, (compared,), {}, pairs, origin)
-            return row_of(out, pairs_of, 1, 0, column, origin)
+            return row_of(out, pairs_of, 1, 0, listed.squeeze(-1), origin)
     found = out.emit(aten.nonzero.default, (mask,), {}, listed, origin)
     return out.view(found, listed.squeeze(-1), origin)
 
@@ -259,7 +259,7 @@ def are_distinct(ids: fx.Node, below: Any = None) -> bool:
     if source is None:
         return False
     scores, dim = source
-    return below is None or value(scores).shape[dim] == below
+    return below is None or same_sizes([value(scores).shape[dim]], [below])
 
 
 def kept_of(ids: fx.Node) -> fx.Node:
@@ -270,7 +270,7 @@ def kept_of(ids: fx.Node) -> fx.Node:
 
 
 def _keeps_last(view: fx.Node) -> bool:
-    return value(view).shape[-1] == value(node_arg(view, 0)).shape[-1]
+    return same_sizes(value(view).shape[-1:], value(node_arg(view, 0)).shape[-1:])
 
 
 def chosen_from(ids: fx.Node) -> tuple[fx.Node, int] | None:

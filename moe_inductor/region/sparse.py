@@ -2,8 +2,8 @@
 
 The uniform spelling is ``scatter(full(c), ids, w)`` along the last dimension, of size E, for ids [.., k] that are
 distinct positions in it.  What a router does to such a matrix afterwards (a sigmoid, a cast, a division by the sum of
-the row), or instead of it (masks from one-hot ids, scores that are not chosen set to -inf), is done here to ``w [.., k]``
-alone, so that the fill ``c`` that is left says what the experts that were not chosen get.
+the row), or instead of it (masks from one-hot ids, scores that are not chosen set to -inf), is done here to
+``w [.., k]`` alone, so that the fill ``c`` that is left says what the experts that were not chosen get.
 
 Assumed: a number that is multiplied with the zero of an expert that was not chosen is finite, and what is divided by
 is not zero.  Where a model computes 0 * inf = NaN, we give 0.  And the terms of a sum have no order: k of them and as
@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from moe_inductor._compat import OpOverload
-from moe_inductor.region.nodes import node_arg, value
+from moe_inductor.region.nodes import node_arg, same_sizes, value
 from moe_inductor.region.normalise import RESHAPES, Emitter, arithmetic, is_one, rule
 from moe_inductor.region.rows import are_distinct
 
@@ -46,13 +46,17 @@ def matrix_of(node: Any) -> Matrix | None:
         if (
             base.target is aten.full.default  # type: ignore[union-attr]
             and dim == found.dim() - 1
-            and value(scores).shape == value(ids).shape  # type: ignore[arg-type]
-            and value(ids).shape[:-1] == found.shape[:-1]  # type: ignore[arg-type]
+            and _alike(scores, ids)
+            and same_sizes(value(ids).shape[:-1], found.shape[:-1])  # type: ignore[arg-type]
             and are_distinct(ids, found.shape[-1])  # type: ignore[arg-type]
         ):
             constant = scores.args[1] if scores.target is aten.full.default else scores  # type: ignore[union-attr]
             return Matrix(base.args[1], ids, constant)  # type: ignore[union-attr, arg-type]
     return _one_hot(node)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    return same_sizes(value(a).shape, value(b).shape)
 
 
 def _one_hot(node: fx.Node) -> Matrix | None:
@@ -199,9 +203,9 @@ def _scaled(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     orders = (args, args[::-1]) if node.target is aten.mul.Tensor else (args,)
     for source, other in orders:
         found = matrix_of(source)
-        if found is None or found.fill != 0 or value(source).shape != made.shape:
+        if found is None or found.fill != 0 or not same_sizes(value(source).shape, made.shape):
             continue
-        if value(other).shape == made.shape:
+        if same_sizes(value(other).shape, made.shape):
             factor = _picked(out, other, found.ids, origin)
         elif value(other).dim() == made.dim() and is_one(value(other).shape[-1]):
             factor = other
@@ -285,7 +289,7 @@ def _chosen_only(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     found = matrix_of(mask)
     if found is None or found.fill is keeps or found.scores is not keeps:
         return None
-    if not isinstance(fill, (int, float)) or value(scores).shape != made.shape:
+    if not isinstance(fill, (int, float)) or not same_sizes(value(scores).shape, made.shape):
         return None
     if value(scores).dtype != made.dtype:
         return None
@@ -303,7 +307,7 @@ def _leading(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     found, made, origin = matrix_of(source), value(node), node.meta.get("stack_trace")
     if found is None or made.dim() != 2 or value(source).dim() <= 2:
         return None
-    if made.shape[-1] != value(source).shape[-1]:
+    if not same_sizes(made.shape[-1:], value(source).shape[-1:]):
         return None
     flat = value(found.ids).reshape(-1, value(found.ids).shape[-1])
     ids = out.view(found.ids, flat, origin)

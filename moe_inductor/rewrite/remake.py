@@ -100,4 +100,3 @@ def _sizes(node: fx.Node) -> list[int] | None:
     known = [size if isinstance(size, int) else -1 for size in sizes]
     fits = known.count(-1) <= (1 if node.target is aten.view.default else 0)
     return known if fits and isinstance(value(node), torch.Tensor) else None
-

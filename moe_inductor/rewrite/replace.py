@@ -19,7 +19,15 @@ from moe_inductor import ops  # noqa: F401  (registers the ops)
 from moe_inductor.match.bind import Bound, BoundRouter, Weight
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.canonical import Canonical
-from moe_inductor.region.nodes import is_floating, location, mutated, storages, value
+from moe_inductor.region.nodes import (
+    is_floating,
+    is_tensor,
+    location,
+    mutated,
+    same_sizes,
+    storages,
+    value,
+)
 from moe_inductor.rewrite.liveness import erase_unneeded, needed
 from moe_inductor.rewrite.remake import Remake
 
@@ -71,9 +79,7 @@ class Rewriter:
     # -- the experts -------------------------------------------------------------------------------------------------
     def fuse_experts(self, bound: Bound) -> fx.Node:
         """Replace the block's output by one call of ``fused_experts``.  Raises Refusal(ESCAPES, MUTATION, LAYOUT)."""
-        outputs = self.holders(bound.output)
-        if not outputs:
-            raise Refusal(Code.MUTATION, "the block's output is never held by the model", "")
+        outputs = self._outputs(bound.output)
         position = min(self.ready(h) for h in outputs)
         (after,) = (n for n in self.graph.nodes if self.order[n] == position)
         remake = Remake(self.canonical, lambda node: self._holder(node, position))
@@ -86,7 +92,7 @@ class Rewriter:
         replaced = self._takes_over(outputs, position)
         keep = needed(self.canonical.region, replaced)
         self._keep_operands(keep, remake.read)
-        self._no_escape(bound, keep)
+        self._no_escape(bound, keep, outputs)
 
         moe = bound.moe
         dtype = moe.experts.compute_dtype
@@ -116,9 +122,43 @@ class Rewriter:
                 moe.combine.weight_on == "input",
             )
         self._finish(anchor, outputs[0])
-        self._redirect(outputs, anchor, replaced)
+        with self.graph.inserting_after(anchor):
+            self._redirect(outputs, self._shaped(anchor, outputs[0]), replaced)
         erase_unneeded(self.canonical.region, keep)
         return anchor
+
+    def _outputs(self, output: fx.Node) -> list[fx.Node]:
+        """The holders of the block's output [T, H], or, where the model has none, of the first view of it."""
+        views = [n for n in output.users if n.target is torch.ops.aten.view.default]
+        held = [holders for n in (output, *views) if (holders := self.holders(n))]
+        if not held:
+            raise Refusal(Code.MUTATION, "the block's output is never held by the model", "")
+        if not self.holders(output):
+            held.sort(key=lambda holders: min(map(self.ready, holders)))
+        if self._like(held[0][0], value(output)) is None:
+            raise Refusal(Code.LAYOUT, "the shape of the block's output is not known", "")
+        return held[0]
+
+    def _like(self, holder: fx.Node, made: torch.Tensor) -> list[int] | fx.Node | None:
+        """What tells the shape of ``holder``: sizes, of which one may be -1, or a tensor that comes before it."""
+        shape = value(holder).shape
+        sizes = [size if isinstance(size, int) else -1 for size in shape]
+        if sizes.count(-1) <= 1 or same_sizes(shape, made.shape):
+            return sizes
+        inputs = self.canonical.region.inputs
+        return next((n for n in inputs if is_tensor(n) and same_sizes(value(n).shape, shape)), None)
+
+    def _shaped(self, result: fx.Node, holder: fx.Node) -> fx.Node:
+        """``result [T, H]`` in the shape of ``holder``."""
+        if same_sizes(value(result).shape, value(holder).shape):
+            return result
+        like = self._like(holder, value(result))
+        if isinstance(like, fx.Node):
+            new = self.graph.call_method("view_as", (result, like))
+        else:
+            new = self.graph.call_method("reshape", (result, like))
+        self._finish(new, holder)
+        return new
 
     def _takes_over(self, holders: list[fx.Node], position: int) -> Any:
         held = set(holders)
@@ -144,7 +184,7 @@ class Rewriter:
             todo += [a for a in node.all_input_nodes if a in members]
             todo += [w for s in storages(node) for w in self.writes.get(s, ())]
 
-    def _no_escape(self, bound: Bound, keep: set[fx.Node]) -> None:
+    def _no_escape(self, bound: Bound, keep: set[fx.Node], outputs: list[fx.Node]) -> None:
         """Nothing that an expert computes may be read outside: it would have to be computed twice."""
         weights = {n for w in bound.projections if w for n in (*w.nodes, *w.bias)}
         boundary = {bound.x, bound.topk_ids, bound.topk_weights}
@@ -171,11 +211,7 @@ class Rewriter:
             if not computed or node is bound.output or node.target in views:
                 continue
             for holder in self.canonical.dynamo_of.get(node, ()):
-                if (
-                    holder in keep
-                    and is_floating(holder)
-                    and holder not in self.holders(bound.output)
-                ):
+                if holder in keep and is_floating(holder) and holder not in outputs:
                     raise Refusal(
                         Code.ESCAPES,
                         f"`{holder.name}`, computed inside the experts, is also read outside",
