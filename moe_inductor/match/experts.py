@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +25,8 @@ from moe_inductor.match.pieces import PROJECTIONS, Pieces, Shapes, experts_piece
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.canonical import Canonical, Folded
 from moe_inductor.region.nodes import location, value
+from moe_inductor.region.rows import are_distinct, kept_of
+from moe_inductor.unit import parse
 
 # Casting GEMMs: their operands may differ in dtype in the model.
 _CASTING = ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
@@ -154,10 +155,11 @@ class _Attempt:
         moe = _describe(self.spelling, iteration.unit, weight_on, ids, group)
         self._check_trace(moe, iteration, group)
         check_experts(moe, group.gate_up, group.up, group.down)
-        if self.facts.get(self.spelling.ids_in_range or "") and not ids_in_range(
-            ids, moe.experts.num_experts
-        ):
+        needed = self.spelling.dense or self.facts.get(self.spelling.ids_in_range or "")
+        if needed and not ids_in_range(ids, moe.experts.num_experts):
             raise Refusal(Code.SPELLING, "ids may be out of range", location(group.output))
+        if self.spelling.dense and weight_on == "input":
+            _zero_gives_zero(moe, group)
         visited = group.visited or tuple(range(moe.experts.num_experts))
         return Bound(
             spelling=self.spelling,
@@ -302,9 +304,15 @@ def _expr(size: Any) -> sympy.Expr:
 
 
 def ids_in_range(topk_ids: fx.Node, num_experts: int) -> bool:
-    """Are the ids positions among E scores, hence in ``[0, E)``?"""
-    pack = topk_ids.args[0] if topk_ids.target is operator.getitem else None
-    if not isinstance(pack, fx.Node) or pack.target is not torch.ops.aten.topk.default:
-        return False
-    scores, _, dim = (*pack.args, -1)[:3]
-    return isinstance(scores, fx.Node) and value(scores).shape[dim] == num_experts
+    """Are the ids of a token distinct positions among E scores, hence in ``[0, E)``?"""
+    return kept_of(topk_ids) is topk_ids and are_distinct(topk_ids, num_experts)
+
+
+def _zero_gives_zero(moe: MoE, group: Group) -> None:
+    """An expert that was not chosen reads zeros: it must give zeros.  Raises Refusal(PROOF)."""
+    where = location(group.output)
+    if group.gate_up.bias or group.down.bias:
+        raise Refusal(Code.PROOF, "experts that were not chosen give their biases", where)
+    unit, zero = parse(moe.experts.activation), torch.zeros(())
+    if unit(zero, zero if unit.gated else None).item() != 0:
+        raise Refusal(Code.PROOF, "experts that were not chosen do not give zeros", where)

@@ -291,13 +291,13 @@ def _one_grad_mode(region: Region, states: dict[fx.Node, State]) -> tuple[bool, 
 
     A value computed under ``torch.no_grad()`` inside a block that trains has no gradient; a fused one would have it.
     """
-    position = {node: i for i, node in enumerate(region.graph.nodes)}
+    leading = _leading_to(region.root)
     router: dict[bool, fx.Node] = {}
     experts: dict[bool, fx.Node] = {}
     for node in region.nodes:
         if is_floating(node):
             # The root belongs to the router: ids are often chosen without gradients.
-            part = router if position[node] <= position[region.root] else experts
+            part = router if node in leading else experts
             part.setdefault(states[node].grad_enabled, node)
     if len(experts) > 1:
         raise Refusal(Code.GRAD_STATE, "", location(experts[False]))
@@ -306,6 +306,17 @@ def _one_grad_mode(region: Region, states: dict[fx.Node, State]) -> tuple[bool, 
         return mode, None
     other = router.get(not mode, region.root)
     return mode, Refusal(Code.GRAD_STATE, "the router mixes grad modes", location(other))
+
+
+def _leading_to(root: fx.Node) -> set[fx.Node]:
+    """``root`` and all that it depends on."""
+    found, todo = {root}, [root]
+    while todo:
+        for arg in todo.pop().all_input_nodes:
+            if arg not in found:
+                found.add(arg)
+                todo.append(arg)
+    return found
 
 
 def _one_autocast(region: Region, states: dict[fx.Node, State]) -> bool:

@@ -16,6 +16,7 @@ import operator
 
 from torch import fx
 
+from moe_inductor.region.dense import find_dense
 from moe_inductor.region.nodes import (
     has_unbacked,
     is_integral,
@@ -54,7 +55,7 @@ _VIEWS = frozenset(
         "view", "reshape", "unsqueeze", "squeeze", "flatten", "transpose", "permute", "t", "T", "mT", "expand",
         "contiguous", "clone", "to", "type", "float", "bfloat16", "half", "type_as", "repeat_interleave", "chunk",
         "split", "unbind", "select", "narrow", "getattr", "expand_as", "view_as", "detach", "getitem", "size",
-        "sym_size",
+        "sym_size", "repeat", "tile", "broadcast_to",
     }
 )  # fmt: skip
 _CONSTRUCTORS = frozenset(
@@ -114,10 +115,14 @@ def find_regions(graph: fx.Graph) -> list[Region]:
         # Rows of unknown number are nothing special by themselves: somebody must have chosen experts.
         if root is not None and not (root.op == "placeholder" and _multiplies_some_rows(node)):
             by_root.setdefault(root, []).append(node)
+    experts: dict[fx.Node, set[fx.Node]] = {}
+    for block in find_dense(graph, set(by_root)):
+        by_root[block.root] = block.anchors
+        experts[block.root] = block.experts
     regions = []
     for root, anchors in by_root.items():
-        later = [other for other in by_root if order[other] > order[root]]
-        regions.append(_grow(graph, root, anchors, order, _downstream(graph, later, order)))
+        later = _downstream(graph, [r for r in by_root if order[r] > order[root]], order)
+        regions.append(_grow(graph, root, anchors, order, later, experts.get(root, set())))
     return sorted(regions, key=lambda region: order[region.nodes[0]])
 
 
@@ -268,7 +273,9 @@ def _grow(
     anchors: list[fx.Node],
     order: dict[fx.Node, int],
     of_later_blocks: set[fx.Node],
+    experts: set[fx.Node],
 ) -> Region:
+    """experts: what they compute before they meet the choice, which ``root`` does not lead to."""
     after = [
         n
         for n in graph.nodes
@@ -292,7 +299,7 @@ def _grow(
             leads.add(node)
 
     # ... and what follows from the region alone.
-    members = {root} | leads
+    members = {root} | leads | experts
     reach = _Reach(members, chosen_count(root))
     for node in after:
         if node in chosen and node not in members and reach.admits(node):

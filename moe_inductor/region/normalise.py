@@ -220,8 +220,11 @@ def _detach(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 
 @rule(aten._to_copy.default)
 def _cast(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-    """cast(x, dtype of x) = x"""
-    source, made = value(args[0]), value(node)
+    """cast(x, dtype of x) = x;  cast(cast(b, a), c) = cast(b, c) for a boolean b"""
+    made, base = value(node), args[0]
+    if base.target is aten._to_copy.default and value(node_arg(base, 0)).dtype == torch.bool:
+        args = (node_arg(base, 0),)
+    source = value(args[0])
     if source.dtype == made.dtype and source.device == made.device:
         return args[0]
     kept = {"dtype": made.dtype} if source.dtype != made.dtype else {}
@@ -549,3 +552,4 @@ def _key(item: Any) -> Any:
 # They register their rules, with what stands above.
 from moe_inductor.region import rows as _rows  # noqa: E402, F401
 from moe_inductor.region import sparse as _sparse  # noqa: E402, F401
+from moe_inductor.region import stacks as _stacks  # noqa: E402, F401
