@@ -5,8 +5,8 @@
     switch_transformers (4.x)       out[mask] = expert(x[mask]), with one expert per token and a capacity
     DeepSeek's remote code          y[flat_ids == e] = expert(repeated[flat_ids == e])
 
-In the normal form these are index_add over ``nonzero(ids == e)`` (``region/rows.py``, ``region/sparse.py``): a pair that
-a capacity or a threshold drops has the id -1 there, which no expert has.
+In the normal form these are index_add over ``nonzero(ids == e)`` (``region/rows.py``, ``region/sparse.py``): a pair
+that a capacity or a threshold drops has the id -1 there, which no expert has.
 """
 
 import torch
@@ -400,18 +400,18 @@ class PairsOfOnes(Pairs):
 
 
 SAMPLES = (
-    Sample(name="read_and_written", build=ReadAndWritten),
+    Sample(name="read_and_written", build=ReadAndWritten, brief=True),
     Sample(name="list_of_masks", build=ListOfMasks, brief=True),
     Sample(name="accumulated", build=Accumulated, brief=True),
     Sample(name="any_mask", build=MaskLoop),
-    Sample(name="tested_mask", build=Tested),
-    Sample(name="positive_scores", build=Positive),
-    Sample(name="threshold", build=Threshold, dtypes=(torch.float32,)),
+    Sample(name="tested_mask", build=Tested, brief=True),
+    Sample(name="positive_scores", build=Positive, brief=True),
+    Sample(name="threshold", build=Threshold, dtypes=(torch.float32,), brief=True),
     Sample(name="chosen_scores", build=ChosenScores, brief=True),
     Sample(name="filled_scores", build=FilledScores, brief=True),
     Sample(name="capacity", build=Capacity),
-    Sample(name="assigned", build=Assigned),
-    Sample(name="pairs", build=Pairs),
+    Sample(name="assigned", build=Assigned, brief=True),
+    Sample(name="pairs", build=Pairs, brief=True),
 )
 
 NEAR_MISSES = (

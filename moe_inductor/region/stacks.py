@@ -1,6 +1,7 @@
 """Rules about what all experts compute for all tokens: the ways to lay that out become ``[E, T, ..]``.
 
-The uniform spelling is ``sum(y [E, T, H] * scores [E, T, 1], 0)`` with ``scores = view(permute(matrix [T, E], [1, 0]))``.
+The uniform spelling is ``sum(y [E, T, H] * scores [E, T, 1], 0)``, where ``scores`` is a view of
+``permute(matrix [T, E], [1, 0])``.
 """
 
 from __future__ import annotations
