@@ -24,7 +24,7 @@ def reference(x, topk_ids, topk_weights, experts, *, weight_on):
     scores = scores.scatter(1, topk_ids, topk_weights).transpose(0, 1).unsqueeze(-1)
     rows = x.expand(experts.num_experts, *x.shape)
     if weight_on == "input":
-        rows = rows * scores
+        rows = (rows * scores).to(x.dtype)
 
     def linear(operand, weight, bias):
         made = torch.bmm(operand, weight.transpose(-2, -1))

@@ -305,16 +305,92 @@ def _leading(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     if source.target is not aten.scatter.src:
         return None
     found, made, origin = matrix_of(source), value(node), node.meta.get("stack_trace")
-    if found is None or made.dim() != 2 or value(source).dim() <= 2:
+    if found is None or not same_sizes(made.shape[-1:], value(source).shape[-1:]):
         return None
-    if not same_sizes(made.shape[-1:], value(source).shape[-1:]):
-        return None
-    flat = value(found.ids).reshape(-1, value(found.ids).shape[-1])
-    ids = out.view(found.ids, flat, origin)
+    shaped = value(found.ids).reshape(*made.shape[:-1], value(found.ids).shape[-1])
+    ids = out.view(found.ids, shaped, origin)
     scores = found.scores
     if isinstance(scores, fx.Node):
-        scores = out.view(scores, torch.empty_like(flat, dtype=value(scores).dtype), origin)
+        scores = out.view(scores, torch.empty_like(shaped, dtype=value(scores).dtype), origin)
     return _scattered(out, found.fill, ids, scores, made, origin)
+
+
+@rule(aten.sum.dim_IntList, first=True)
+def _counted(out: Emitter, node: fx.Node, args: tuple[Any, ...], kwargs: dict) -> Any:
+    """sum(scatter(False, ids [.., k], keep), every dimension but the last)
+    = sum(where(keep, ids, -1) [N, k, 1] == arange(E), (0, 1)), in any order of the dimensions"""
+    if kwargs or len(args) != 2 or value(node).dim() != 1:
+        return None
+    matrix, dims, rank = args[0], args[1], value(args[0]).dim()
+    dims = [d % rank for d in dims]
+    if matrix.target is aten.permute.default:
+        dims, matrix = [matrix.args[1][d] for d in dims], node_arg(matrix, 0)  # type: ignore[index]
+    found = _members(matrix)
+    if found is None or sorted(dims) != list(range(rank - 1)):
+        return None
+    origin, device = node.meta.get("stack_trace"), value(node).device
+    ids = _kept(out, found, origin)
+    flat = value(ids).reshape(-1, value(ids).shape[-1], 1)
+    classes = value(matrix).shape[-1]
+    every = torch.empty(classes, dtype=torch.int64, device=device)
+    kept = {"dtype": torch.int64, "device": device}
+    numbers = out.emit(aten.arange.default, (classes,), kept, every, origin)
+    hit = torch.empty_like(flat.expand(*flat.shape[:-1], classes), dtype=torch.bool)
+    compared = out.emit(aten.eq.Tensor, (out.view(ids, flat, origin), numbers), {}, hit, origin)
+    return out.emit(aten.sum.dim_IntList, (compared, [0, 1]), {}, value(node), origin)
+
+
+def _members(node: fx.Node) -> Matrix | None:
+    """``node`` as a matrix of booleans, of which 0 and 1 are another form; scores: [.., k] booleans or True."""
+    found = matrix_of(node) if node.target is aten.scatter.src else None
+    if found is None or value(node).dtype.is_floating_point or found.fill not in (False, 0):
+        return None
+    scores = found.scores
+    if isinstance(scores, fx.Node):
+        if scores.target is aten._to_copy.default:
+            scores = node_arg(scores, 0)
+        if value(scores).dtype != torch.bool:
+            return None
+    elif scores not in (True, 1):
+        return None
+    return Matrix(False, found.ids, scores if isinstance(scores, fx.Node) else True)
+
+
+def _kept(out: Emitter, found: Matrix, origin: str | None) -> fx.Node:
+    """The ids of a matrix of booleans; -1 where one is not kept."""
+    if not isinstance(found.scores, fx.Node):
+        return found.ids
+    args = (found.scores, found.ids, -1)
+    return out.emit(aten.where.ScalarOther, args, {}, value(found.ids), origin)
+
+
+@rule(aten.nonzero.default, first=True)
+def _listed(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """nonzero(matrix[.., e]) = nonzero(matrix[.., e] != 0) for a matrix of integers 0 and 1"""
+    source, turned = args[0], None
+    if source.target is aten.permute.default:
+        source, turned = node_arg(source, 0), source.args[1]
+    if source.target is not aten.select.int or value(source).dtype == torch.bool:
+        return None
+    matrix, dim, e = source.args
+    if matrix.target is aten.permute.default:  # type: ignore[union-attr]
+        order: Any = matrix.args[1]  # type: ignore[union-attr]
+        rest = [order[d] for d in range(len(order)) if d != dim]
+        turned = [sorted(rest).index(d) for d in rest] if turned is None else None
+        matrix, dim = matrix.args[0], order[dim]  # type: ignore[union-attr]
+    found = _members(matrix)  # type: ignore[arg-type]
+    if found is None or (turned is None and value(args[0]).dim() > 1):
+        return None
+    origin = node.meta.get("stack_trace")
+    whole = torch.empty_like(value(matrix), dtype=torch.bool)  # type: ignore[arg-type]
+    booleans = _scattered(out, False, found.ids, found.scores, whole, origin)
+    column = torch.empty_like(whole.select(dim, 0))  # type: ignore[arg-type]
+    row = _hit(out, booleans, dim, e, column, origin)
+    if row is None:
+        return None
+    if turned is not None:
+        row = out.permute(row, list(turned), value(row).permute(turned), origin)
+    return out.emit(aten.nonzero.default, (row,), {}, value(node), origin)
 
 
 @rule(aten.select.int, first=True)
@@ -333,13 +409,9 @@ def _hit(
         return None
     if isinstance(e, int) and not 0 <= e < value(source).shape[-1]:
         return None
-    ids = found.ids
-    if isinstance(found.scores, fx.Node):
-        ids = out.emit(
-            aten.where.ScalarOther, (found.scores, ids, -1), {}, value(found.ids), origin
-        )
-    elif found.scores is not True:
+    if not isinstance(found.scores, fx.Node) and found.scores is not True:
         return None
+    ids = _kept(out, found, origin)
     hit = torch.empty_like(value(ids), dtype=torch.bool)
     if is_one(hit.shape[-1]):
         flat = out.view(ids, value(ids).squeeze(-1), origin)
