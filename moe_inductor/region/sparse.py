@@ -357,11 +357,13 @@ def _members(node: fx.Node) -> Matrix | None:
 
 
 def _kept(out: Emitter, found: Matrix, origin: str | None) -> fx.Node:
-    """The ids of a matrix of booleans; -1 where one is not kept."""
+    """The ids [N, k] of a matrix of booleans; -1 where one is not kept."""
+    flat = value(found.ids).reshape(-1, value(found.ids).shape[-1])
+    ids = out.view(found.ids, flat, origin)
     if not isinstance(found.scores, fx.Node):
-        return found.ids
-    args = (found.scores, found.ids, -1)
-    return out.emit(aten.where.ScalarOther, args, {}, value(found.ids), origin)
+        return ids
+    kept = out.view(found.scores, torch.empty_like(flat, dtype=torch.bool), origin)
+    return out.emit(aten.where.ScalarOther, (kept, ids, -1), {}, flat, origin)
 
 
 @rule(aten.nonzero.default, first=True)
@@ -411,7 +413,7 @@ def _hit(
         return None
     if not isinstance(found.scores, fx.Node) and found.scores is not True:
         return None
-    ids = _kept(out, found, origin)
+    ids = out.view(_kept(out, found, origin), value(found.ids), origin)
     hit = torch.empty_like(value(ids), dtype=torch.bool)
     if is_one(hit.shape[-1]):
         flat = out.view(ids, value(ids).squeeze(-1), origin)
