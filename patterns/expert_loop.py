@@ -174,6 +174,30 @@ class Scattered(Loop):
         return e
 
 
+class ChoosesTwice(Loop):
+    """phimoe in training: what comes last of all choices in its router weights the experts, and chooses none."""
+
+    def route(self, logits):
+        topk_weights, topk_ids = super().route(logits)
+        with torch.no_grad():
+            best = logits.max(dim=-1, keepdim=True).indices
+            bonus = torch.where(topk_ids == best, 1.0, 0.7)
+        return Estimated.apply(topk_weights, bonus.to(topk_weights.dtype)), topk_ids
+
+
+class Estimated(torch.autograd.Function):
+    """A router's own idea of its gradient."""
+
+    @staticmethod
+    def forward(ctx, topk_weights, bonus):
+        ctx.save_for_backward(bonus)
+        return topk_weights * bonus
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0], None
+
+
 class OtherColumn(Scattered):
     """The score of another expert."""
 
@@ -426,6 +450,7 @@ EXPERT_LOOP = ExpertsSpelling(
         Sample(name="flat", build=Flat),
         Sample(name="scattered", build=Scattered),
         Sample(name="sum_in_float", build=SumInFloat, dtypes=(torch.bfloat16,)),
+        Sample(name="chooses_twice", build=ChoosesTwice, brief=True),
         Sample(name="top_one", build=TopOne),
         Sample(name="auxiliary_loss", build=AuxiliaryLoss),
         *_mask_loops.SAMPLES,

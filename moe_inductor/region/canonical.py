@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 from torch.fx import traceback as fx_traceback
+from torch.fx.node import map_aggregate
 
 from moe_inductor._compat import (
     FakeTensor,
@@ -55,6 +56,7 @@ class Canonical:
     dynamo_of: for a normal-form node, the Dynamo nodes that hold its value once the region has run, inputs included.
     fake_mode: where to trace references that are to be compared with ``graph``.
     grad_enabled: grad mode of the experts.  router_refusal: why the router must stay, when it runs under another.
+    grad_refusal: what to say of a block with both modes after its root, if it is not fused.
     autocast, router_autocast: under what references are to be traced.  The casts of autocast are written out in
         ``graph``, so that what the proof finds equal is equal, whatever runs under which.
     folded: what stands for passes of a loop that were not traced (``region/fold.py``).
@@ -68,6 +70,7 @@ class Canonical:
     autocast: Autocast | None
     router_autocast: Autocast | None
     router_refusal: Refusal | None
+    grad_refusal: Refusal | None
     folded: Folded | None = None
 
     @property
@@ -92,12 +95,12 @@ def canonicalise(gm: fx.GraphModule, region: Region, folds: Fold | None = None) 
     Raises Refusal (MUTATION, GRAD_STATE, CANONICALISE).
     """
     states = _states(region)
-    grad_enabled, router_refusal = _one_grad_mode(region, states)
+    grad = _grad_modes(region, states)
     _no_foreign_mutation(region)
     if not _one_autocast(region, states):
         folds = None  # passes are compared without it
     fake_mode = _fake_mode(region)
-    runner = _Runner(gm, region, folds, states)
+    runner = _Runner(gm, region, folds, states, grad.stopped)
     try:
         traced = trace(runner, [value(n) for n in region.inputs], fake_mode)
     except Refusal:
@@ -111,7 +114,7 @@ def canonicalise(gm: fx.GraphModule, region: Region, folds: Fold | None = None) 
             f"`{name}` could not be traced: {type(error).__name__}: {text[0] if text else ''}",
             where,
         ) from error
-    graph, env = normalise(traced.graph, keep_detach=grad_enabled)
+    graph, env = normalise(traced.graph, keep_detach=grad.enabled)
     dynamo_of: dict[fx.Node, list[fx.Node]] = {}
     holders = list(zip(region.inputs, _placeholders(traced.graph), strict=True))
     holders += list(zip(runner.wanted, _results(traced.graph), strict=True))
@@ -130,10 +133,11 @@ def canonicalise(gm: fx.GraphModule, region: Region, folds: Fold | None = None) 
         module,
         dynamo_of,
         fake_mode,
-        grad_enabled,
+        grad.enabled,
         states[region.anchor].autocast,
         states[region.root].autocast,
-        router_refusal,
+        grad.router,
+        grad.refusal,
         folded,
     )
 
@@ -174,9 +178,11 @@ class _Runner(fx.Interpreter):
         region: Region,
         folds: Fold | None,
         states: dict[fx.Node, State],
+        stopped: frozenset[fx.Node],
     ) -> None:
         super().__init__(gm, graph=region.graph)
         self.region = region
+        self.stopped = stopped
         self.states = states
         self.nodes = region.nodes if folds is None else folds.nodes
         self.wanted = [n for n in self.nodes if _trackable(n)]
@@ -193,11 +199,18 @@ class _Runner(fx.Interpreter):
             state = self.states[node]
             # ATen nodes inherit the model's source line.
             with fx_traceback.set_current_meta(node), under(state.autocast):
-                self.env[node] = self.run_node(node)
+                made = self.run_node(node)
+                if node in self.stopped:
+                    made = map_aggregate(made, _without_gradient)
+                self.env[node] = made
             if node is self.last_run and self.last is not None:
                 self.env[self.last] = self.env[node]
         self.current = None
         return tuple(self.env[n] for n in self.wanted)
+
+
+def _without_gradient(made: Any) -> Any:
+    return made.detach() if isinstance(made, torch.Tensor) and made.is_floating_point() else made
 
 
 def _trackable(node: fx.Node) -> bool:
@@ -286,37 +299,35 @@ def _entered(node: fx.Node) -> Autocast | None:
     return Autocast(str(device), dtype or torch.get_autocast_dtype(str(device)))  # type: ignore[arg-type]
 
 
-def _one_grad_mode(region: Region, states: dict[fx.Node, State]) -> tuple[bool, Refusal | None]:
-    """The experts run under one grad mode; returns that mode, and a refusal of the router if it runs under another.
+class _Grad(NamedTuple):
+    """enabled: do the experts train?  stopped: nodes whose results have no gradient although they do.
+    refusal: what to say if that is in the way.  router: why the router must stay."""
 
-    A value computed under ``torch.no_grad()`` inside a block that trains has no gradient; a fused one would have it.
+    enabled: bool
+    stopped: frozenset[fx.Node]
+    refusal: Refusal | None
+    router: Refusal | None
+
+
+def _grad_modes(region: Region, states: dict[fx.Node, State]) -> _Grad:
+    """A value computed under ``torch.no_grad()`` inside a block that trains has no gradient; a fused one would have it.
+
+    Where modes are mixed that is written out: f(x) under no_grad is detach(f(x)).  Raises Refusal (GRAD_STATE).
     """
-    leading = _leading_to(region.root)
-    router: dict[bool, fx.Node] = {}
-    experts: dict[bool, fx.Node] = {}
-    for node in region.nodes:
-        if is_floating(node):
-            # The root belongs to the router: ids are often chosen without gradients.
-            part = router if node in leading else experts
-            part.setdefault(states[node].grad_enabled, node)
-    if len(experts) > 1:
-        raise Refusal(Code.GRAD_STATE, "", location(experts[False]))
-    mode = next(iter(experts), True)
-    if not router or list(router) == [mode]:
-        return mode, None
-    other = router.get(not mode, region.root)
-    return mode, Refusal(Code.GRAD_STATE, "the router mixes grad modes", location(other))
-
-
-def _leading_to(root: fx.Node) -> set[fx.Node]:
-    """``root`` and all that it depends on."""
-    found, todo = {root}, [root]
-    while todo:
-        for arg in todo.pop().all_input_nodes:
-            if arg not in found:
-                found.add(arg)
-                todo.append(arg)
-    return found
+    position = {node: i for i, node in enumerate(region.graph.nodes)}
+    floating = [node for node in region.nodes if is_floating(node)]
+    # The root belongs to the router: ids are often chosen without gradients.
+    after = [n for n in floating if position[n] > position[region.root]]
+    enabled = any(states[n].grad_enabled for n in after) or not after
+    other = [n for n in floating if states[n].grad_enabled != enabled]
+    late = next((n for n in after if n in other), None)
+    refusal = Refusal(Code.GRAD_STATE, "", location(late)) if late is not None else None
+    words = "the router mixes grad modes"
+    router = Refusal(Code.GRAD_STATE, words, location(other[0])) if other else None
+    stopped = {n for n in other if enabled and not mutated(n)}
+    if refusal is not None and any(n in after and n not in stopped for n in other):
+        raise refusal  # changed in place: it keeps the gradient of what it was
+    return _Grad(enabled, frozenset(stopped), refusal, router)
 
 
 def _one_autocast(region: Region, states: dict[fx.Node, State]) -> bool:
@@ -327,7 +338,19 @@ def _one_autocast(region: Region, states: dict[fx.Node, State]) -> bool:
 
 
 def _no_foreign_mutation(region: Region) -> None:
-    """Nothing outside changes what the region reads while it runs, and the region changes only what it made."""
+    """Nothing outside changes what the region reads while it runs, and the region changes only what it made.
+
+    What follows the experts is left to the model where it does otherwise: a block that writes its result into a tensor
+    that two blocks share, say.
+    """
+    while (found := _foreign_mutation(region)) is not None:
+        touching, refusal = found
+        if not region.give_up(touching):
+            raise refusal
+
+
+def _foreign_mutation(region: Region) -> tuple[list[fx.Node], Refusal] | None:
+    """The first one: the members that share its tensor, and what to say of it."""
     members = set(region.nodes)
     made: set[int] = set()
     read: set[int] = set()
@@ -344,14 +367,14 @@ def _no_foreign_mutation(region: Region) -> None:
             continue
         for target in mutated(node):
             if node in members and storages(target) & read:
-                raise Refusal(
-                    Code.MUTATION,
-                    f"`{name_of(node)}` changes an input of the block",
-                    location(node),
-                )
-            if node not in members and storages(target) & (read | made):
-                raise Refusal(
-                    Code.MUTATION,
-                    f"`{name_of(node)}` changes a tensor of the block in the middle of it",
-                    location(node),
-                )
+                words = f"`{name_of(node)}` changes an input of the block"
+                return [node], Refusal(Code.MUTATION, words, location(node))
+            if node not in members and (shared := storages(target) & (read | made)):
+                words = f"`{name_of(node)}` changes a tensor of the block in the middle of it"
+                touching = [
+                    n
+                    for n in region.nodes
+                    if any(storages(a) & shared for a in (n, *n.all_input_nodes))
+                ]
+                return touching, Refusal(Code.MUTATION, words, location(node))
+    return None

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moe_inductor import ops  # noqa: F401  (registers the ops)
+from moe_inductor import _compat, ops  # noqa: F401  (registers the ops)
 from moe_inductor.match.bind import Bound, BoundRouter, Weight
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.canonical import Canonical
@@ -33,6 +33,8 @@ from moe_inductor.rewrite.remake import Remake
 
 _EXPERTS = torch.ops.moe_inductor.fused_experts.default
 _ROUTING = torch.ops.moe_inductor.topk_routing.default
+_compat.call_directly(_EXPERTS, "moe_inductor.ops.cuda.fused_experts", "cuda")
+_compat.call_directly(_ROUTING, "moe_inductor.ops.cuda.topk_routing", "cuda")
 
 
 @dataclasses.dataclass(eq=False)
