@@ -171,6 +171,26 @@ class Capacity(MaskLoop):
         return (topk_weights[None] * out)[0]
 
 
+class CapacityHits(Capacity):
+    """switch_transformers of 5.x: the loop is over the experts that have kept somebody."""
+
+    def experts(self, x, topk_ids, topk_weights):
+        mask = self.kept(topk_ids).view(-1, 1, NUM_EXPERTS).permute(2, 1, 0)
+        out, hits = self.start(x), torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero()
+        for hit in hits:
+            slot, token = torch.where(mask[hit].squeeze(0))
+            y = self.expert(hit[0], x[token]) * topk_weights[token, slot, None]
+            out.index_add_(0, token, y)
+        return out
+
+
+class CapacityOfOthers(CapacityHits):
+    """The mask is that of other tokens than those that were routed."""
+
+    def kept(self, topk_ids):
+        return super().kept(topk_ids.clamp(max=NUM_EXPERTS - 2)) * super().kept(topk_ids)
+
+
 class Assigned(MaskLoop):
     """One expert per token, chosen by an argmax: nothing is added to, every row is written once."""
 
@@ -410,6 +430,7 @@ SAMPLES = (
     Sample(name="chosen_scores", build=ChosenScores, brief=True),
     Sample(name="filled_scores", build=FilledScores, brief=True),
     Sample(name="capacity", build=Capacity),
+    Sample(name="capacity_hits", build=CapacityHits, brief=True),
     Sample(name="assigned", build=Assigned, brief=True),
     Sample(name="pairs", build=Pairs, brief=True),
 )

@@ -221,17 +221,20 @@ def _detach(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 
 @rule(aten._to_copy.default)
 def _cast(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    return cast(out, args[0], value(node), node.meta.get("stack_trace"))
+
+
+def cast(out: Emitter, base: fx.Node, made: torch.Tensor, origin: str | None) -> fx.Node:
     """cast(x, dtype of x) = x;  cast(cast(b, a), c) = cast(b, c) for a boolean b"""
-    made, base = value(node), args[0]
     if base.target is aten._to_copy.default and value(node_arg(base, 0)).dtype == torch.bool:
-        args = (node_arg(base, 0),)
-    source = value(args[0])
+        base = node_arg(base, 0)
+    source = value(base)
     if source.dtype == made.dtype and source.device == made.device:
-        return args[0]
+        return base
     kept = {"dtype": made.dtype} if source.dtype != made.dtype else {}
     if source.device != made.device:
         kept["device"] = made.device
-    return out.emit(aten._to_copy.default, args[:1], kept, made, node.meta.get("stack_trace"))
+    return out.emit(aten._to_copy.default, (base,), kept, made, origin)
 
 
 @rule(*RESHAPES)

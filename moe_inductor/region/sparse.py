@@ -21,7 +21,7 @@ from torch import fx
 
 from moe_inductor._compat import OpOverload
 from moe_inductor.region.nodes import node_arg, same_sizes, value
-from moe_inductor.region.normalise import RESHAPES, Emitter, arithmetic, is_one, rule
+from moe_inductor.region.normalise import RESHAPES, Emitter, arithmetic, cast, is_one, rule
 from moe_inductor.region.rows import are_distinct
 
 aten = torch.ops.aten
@@ -165,7 +165,10 @@ def _everywhere(
         return None
     if isinstance(found.scores, fx.Node):
         val = torch.empty_like(value(found.scores), dtype=made.dtype)
-        scores = out.emit(node.target, (found.scores, *args[1:]), kwargs, val, origin)
+        if node.target is aten._to_copy.default:
+            scores = cast(out, found.scores, val, origin)
+        else:
+            scores = out.emit(node.target, (found.scores, *args[1:]), kwargs, val, origin)
     else:
         scores = _of_number(node, found.scores, value(source).dtype, args, kwargs)
         if scores is None:
@@ -223,9 +226,7 @@ def _scaled(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 
 def _as(out: Emitter, node: fx.Node, val: torch.Tensor, origin: str | None) -> fx.Node:
     """``node`` in the shape and dtype of ``val``."""
-    if value(node).dtype != val.dtype:
-        cast = torch.empty_like(value(node), dtype=val.dtype)
-        node = out.emit(aten._to_copy.default, (node,), {"dtype": val.dtype}, cast, origin)
+    node = cast(out, node, torch.empty_like(value(node), dtype=val.dtype), origin)
     if not out.same_shape(value(node), val):
         node = out.emit(aten.expand.default, (node, out.sizes(val)), {}, val, origin)
     return node
@@ -311,7 +312,9 @@ def _leading(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     ids = out.view(found.ids, shaped, origin)
     scores = found.scores
     if isinstance(scores, fx.Node):
-        scores = out.view(scores, torch.empty_like(shaped, dtype=value(scores).dtype), origin)
+        inner = node_arg(scores, 0) if scores.target is aten._to_copy.default else scores
+        view = out.view(inner, torch.empty_like(shaped, dtype=value(inner).dtype), origin)
+        scores = cast(out, view, torch.empty_like(shaped, dtype=value(scores).dtype), origin)
     return _scattered(out, found.fill, ids, scores, made, origin)
 
 

@@ -15,7 +15,7 @@ from torch import fx
 
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.canonical import Canonical
-from moe_inductor.region.nodes import is_floating, value
+from moe_inductor.region.nodes import is_floating, same_sizes, value
 
 aten = torch.ops.aten
 
@@ -85,7 +85,7 @@ class Remake:
             (node.args, dict(node.kwargs)), lambda a: self.emit(graph, a, finish)
         )
         if node.target is aten.view.default:
-            made = graph.call_method("reshape", (args[0], _sizes(node)))
+            made = graph.call_method(*_reshape(node, args[0]))
         else:
             assert callable(node.target)
             made = graph.call_function(node.target, tuple(args), kwargs)
@@ -94,9 +94,25 @@ class Remake:
         return made
 
 
+def _reshape(node: fx.Node, base: fx.Node) -> tuple[str, tuple[Any, ...]]:
+    """A method and its arguments."""
+    if _is_column(value(node), value(node.args[0])):  # type: ignore[arg-type]
+        return "unsqueeze", (base, -1)
+    if _is_column(value(node.args[0]), value(node)):  # type: ignore[arg-type]
+        return "squeeze", (base, -1)
+    return "reshape", (base, _sizes(node))
+
+
+def _is_column(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return same_sizes(a.shape, (*b.shape, 1))
+
+
 def _sizes(node: fx.Node) -> list[int] | None:
     """The sizes that a view, an expand or a full is given; one that is symbolic is left to torch, where it can be."""
     sizes: Any = next((a for a in node.args if isinstance(a, (list, tuple))), [])
     known = [size if isinstance(size, int) else -1 for size in sizes]
     fits = known.count(-1) <= (1 if node.target is aten.view.default else 0)
+    if node.target is aten.view.default:
+        made, base = value(node), value(node.args[0])  # type: ignore[arg-type]
+        fits = fits or _is_column(made, base) or _is_column(base, made)
     return known if fits and isinstance(value(node), torch.Tensor) else None
