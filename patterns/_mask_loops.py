@@ -184,13 +184,6 @@ class CapacityHits(Capacity):
         return out
 
 
-class CapacityOfOthers(CapacityHits):
-    """The mask is that of other tokens than those that were routed."""
-
-    def kept(self, topk_ids):
-        return super().kept(topk_ids.clamp(max=NUM_EXPERTS - 2)) * super().kept(topk_ids)
-
-
 class Assigned(MaskLoop):
     """One expert per token, chosen by an argmax: nothing is added to, every row is written once."""
 

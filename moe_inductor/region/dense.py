@@ -9,6 +9,7 @@ rows that such a batched product reads.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import sympy
 from torch import fx
@@ -88,12 +89,13 @@ def _routed(graph: fx.Graph, root: fx.Node, scores: fx.Node) -> set[fx.Node]:
     return found
 
 
-def _ratio(a: object, b: object) -> sympy.Expr | None:
+def _ratio(a: Any, b: Any) -> sympy.Expr | None:
     """a / b where it is a known number."""
     exprs = [getattr(getattr(size, "node", None), "expr", size) for size in (a, b)]
     if exprs[1] == 0:
         return None
-    ratio = sympy.sympify(exprs[0]) / sympy.sympify(exprs[1])
+    over, under = (sympy.Integer(e) if isinstance(e, int) else e for e in exprs)
+    ratio = over / under
     return ratio if ratio.is_number else None
 
 

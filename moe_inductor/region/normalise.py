@@ -231,7 +231,7 @@ def cast(out: Emitter, base: fx.Node, made: torch.Tensor, origin: str | None) ->
     source = value(base)
     if source.dtype == made.dtype and source.device == made.device:
         return base
-    kept = {"dtype": made.dtype} if source.dtype != made.dtype else {}
+    kept: dict[str, Any] = {"dtype": made.dtype} if source.dtype != made.dtype else {}
     if source.device != made.device:
         kept["device"] = made.device
     return out.emit(aten._to_copy.default, (base,), kept, made, origin)

@@ -72,20 +72,17 @@ def _own_score(
     matrix = node_arg(base, 0)
     if of_expert is None or base.args[2] != of_expert[1] or matrix.target is not aten.scatter.src:
         return None
-    _, dim, ids, scores = matrix.args
-    if dim != 1 or kept_of(of_expert[0]) is not kept_of(ids):  # type: ignore[arg-type]
+    ids, scores = node_arg(matrix, 2), node_arg(matrix, 3)
+    if matrix.args[1] != 1 or kept_of(of_expert[0]) is not kept_of(ids):
         return None
-    classes = value(matrix).shape[1]
-    if not are_distinct(ids, classes) or not same_sizes(
-        value(scores).shape,
-        value(ids).shape,  # type: ignore[arg-type]
-    ):
+    fits = same_sizes(value(scores).shape, value(ids).shape)
+    if not fits or not are_distinct(ids, value(matrix).shape[1]):
         return None
     token = indices[0]
     pairs = node_arg(token, 0)
     listed = value(token)
     slot = row_of(out, pairs, 1, 1 - token.args[2], listed, token.meta.get("stack_trace"))
-    return scores, [token, slot]  # type: ignore[return-value]
+    return scores, [token, slot]
 
 
 @rule(aten.index_put.default)
@@ -154,7 +151,7 @@ def _are_zero(base: fx.Node, rows: fx.Node) -> bool:
             return False
         seen.append(other[1])
         base = node_arg(step, 0)
-    return base.target is aten.full.default and base.args[1] == 0
+    return base.target is aten.full.default and bool(base.args[1] == 0)
 
 
 def _is_another(e: Any, seen: list[Any]) -> bool:

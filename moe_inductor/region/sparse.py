@@ -401,7 +401,8 @@ def _listed(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 @rule(aten.select.int, first=True)
 def _column(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     """scatter(False, ids, keep)[.., e] = any(where(keep, ids, -1) == e, -1) for booleans"""
-    return _hit(out, *args, value(node), node.meta.get("stack_trace"))
+    source, dim, e = args
+    return _hit(out, source, dim, e, value(node), node.meta.get("stack_trace"))
 
 
 def _hit(

@@ -178,6 +178,7 @@ def _fuse_router(
         except Refusal as refusal:
             refused.append(refusal)
         else:
+            assert bound.topk_weights is not None
             described = Router(
                 score=router.spelling.score,
                 k=bound.moe.top_k,

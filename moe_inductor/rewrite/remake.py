@@ -15,7 +15,7 @@ from torch import fx
 
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.canonical import Canonical
-from moe_inductor.region.nodes import is_floating, same_sizes, value
+from moe_inductor.region.nodes import is_floating, node_arg, same_sizes, value
 
 aten = torch.ops.aten
 
@@ -85,7 +85,7 @@ class Remake:
             (node.args, dict(node.kwargs)), lambda a: self.emit(graph, a, finish)
         )
         if node.target is aten.view.default:
-            made = graph.call_method(*_reshape(node, args[0]))
+            made = graph.call_method(*_reshape(node, self._at_hand[node_arg(node, 0)]))
         else:
             assert callable(node.target)
             made = graph.call_function(node.target, tuple(args), kwargs)
@@ -96,9 +96,9 @@ class Remake:
 
 def _reshape(node: fx.Node, base: fx.Node) -> tuple[str, tuple[Any, ...]]:
     """A method and its arguments."""
-    if _is_column(value(node), value(node.args[0])):  # type: ignore[arg-type]
+    if _is_column(value(node), value(node_arg(node, 0))):
         return "unsqueeze", (base, -1)
-    if _is_column(value(node.args[0]), value(node)):  # type: ignore[arg-type]
+    if _is_column(value(node_arg(node, 0)), value(node)):
         return "squeeze", (base, -1)
     return "reshape", (base, _sizes(node))
 
@@ -113,6 +113,6 @@ def _sizes(node: fx.Node) -> list[int] | None:
     known = [size if isinstance(size, int) else -1 for size in sizes]
     fits = known.count(-1) <= (1 if node.target is aten.view.default else 0)
     if node.target is aten.view.default:
-        made, base = value(node), value(node.args[0])  # type: ignore[arg-type]
+        made, base = value(node), value(node_arg(node, 0))
         fits = fits or _is_column(made, base) or _is_column(base, made)
     return known if fits and isinstance(value(node), torch.Tensor) else None

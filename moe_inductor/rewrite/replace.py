@@ -252,6 +252,7 @@ class Rewriter:
     # -- the router --------------------------------------------------------------------------------------------------
     def fuse_router(self, bound: Bound, router: BoundRouter) -> fx.Node:
         """Replace topk_weights and topk_ids by one call of ``topk_routing``.  Raises Refusal(ROUTER, MUTATION)."""
+        assert bound.topk_weights is not None  # such a router is not proposed
         held = {0: self.holders(bound.topk_weights), 1: self.holders(bound.topk_ids)}
         start = min(self.order[h] for hs in held.values() for h in hs)
         logits = self._readable(router.logits, start - 1)
