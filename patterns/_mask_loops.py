@@ -429,7 +429,7 @@ SAMPLES = (
 )
 
 NEAR_MISSES = (
-    NearMiss(name="overwritten", build=Overwritten, code="SPELLING"),
+    NearMiss(name="overwritten", build=Overwritten, code="ACCUMULATOR"),
     NearMiss(name="same_expert_twice", build=SameTwice, code="SPELLING"),
     NearMiss(name="other_rows_read", build=OtherRowsRead, code="SPELLING"),
     NearMiss(name="subtracted", build=Subtracted, code="SPELLING"),
@@ -450,8 +450,8 @@ NEAR_MISSES = (
     NearMiss(name="mask_twice", build=Twice, code="EXPERT_TWICE"),
     NearMiss(name="mask_of_other_weights", build=OtherWeights, code="EXPERT_WEIGHTS"),
     NearMiss(name="mask_from_ones", build=FromOnes, code="ACCUMULATOR"),
-    NearMiss(name="dropped_unchanged", build=Unchanged, code="SPELLING"),
-    NearMiss(name="capacity_of_two", build=CapacityOfTwo, code="SPELLING"),
+    NearMiss(name="dropped_unchanged", build=Unchanged, code="ACCUMULATOR"),
+    NearMiss(name="capacity_of_two", build=CapacityOfTwo, code="ACCUMULATOR"),
     NearMiss(name="mask_of_other_tokens", build=RowsOfOthers, code="SPELLING"),
     NearMiss(name="halved", build=Halved, code="SPELLING"),
     NearMiss(name="sum_read", build=SumRead, code="SPELLING"),

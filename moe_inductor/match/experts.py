@@ -25,7 +25,7 @@ from moe_inductor.match.pieces import PROJECTIONS, Pieces, Shapes, experts_piece
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.canonical import Canonical, Folded
 from moe_inductor.region.nodes import location, value
-from moe_inductor.region.rows import are_distinct, kept_of
+from moe_inductor.region.rows import are_distinct, hits, kept_of
 from moe_inductor.unit import parse
 
 # Casting GEMMs: their operands may differ in dtype in the model.
@@ -51,6 +51,21 @@ def propose(
             refused += failed
             if found:
                 yield found
+    refused += _replaced_rows(canonical)
+
+
+def _replaced_rows(canonical: Canonical) -> Iterator[Refusal]:
+    """Rows of an expert that are put into a sum where something may have been."""
+    for node in canonical.graph.nodes:
+        if node.target is not torch.ops.aten.index_put.default or len(node.args[1]) != 1:
+            continue
+        of_expert = hits(node.args[1][0])
+        if of_expert is None:
+            continue
+        words = "rows of a token that has several experts are replaced, not added"
+        if value(of_expert[0]).shape[-1] == 1:
+            words = "a token beyond the capacity of its expert keeps what was there, and that is not zero"
+        yield Refusal(Code.ACCUMULATOR, words, location(node))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

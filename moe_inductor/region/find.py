@@ -358,8 +358,10 @@ class _Reach:
         inputs = node.all_input_nodes
         if any(unbacked(value(a)) for a in inputs) or has_unbacked(node):
             return True
-        if not any(map(self._inside, inputs)) or name_of(node) in _GEMMS:
+        if not any(map(self._inside, inputs)):
             return False
+        if name_of(node) in _GEMMS:  # a product with the weights sums up what the experts gave
+            return len(inputs) > 1 and all(map(self._inside, inputs))
         if not all(self._inside(target) or _is_fresh(target) for target in mutated(node)):
             return (
                 False  # a counter that the model keeps: it stays where it is and reads the region
