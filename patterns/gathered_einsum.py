@@ -20,7 +20,7 @@ def reference(x, topk_ids, topk_weights, experts):
         made = torch.einsum(equation, rows, weight[topk_ids])
         return made if bias is None else made + bias[topk_ids]
 
-    return torch.einsum("tai,ta->ti", experts(x, linear), topk_weights)
+    return torch.einsum("tai,ta->ti", experts(x, linear), topk_weights.to(x.dtype))
 
 
 class Einsum(_blocks.Block):
