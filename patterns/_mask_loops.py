@@ -456,5 +456,5 @@ NEAR_MISSES = (
     NearMiss(name="halved", build=Halved, code="SPELLING"),
     NearMiss(name="sum_read", build=SumRead, code="SPELLING"),
     NearMiss(name="pairs_twice", build=PairsTwice, code="EXPERT_TWICE"),
-    NearMiss(name="pairs_from_ones", build=PairsOfOnes, code="SPELLING"),
+    NearMiss(name="pairs_from_ones", build=PairsOfOnes, code="ACCUMULATOR"),
 )

@@ -60,11 +60,13 @@ def _replaced_rows(canonical: Canonical) -> Iterator[Refusal]:
         if node.target is not torch.ops.aten.index_put.default or len(node.args[1]) != 1:
             continue
         of_expert = hits(node.args[1][0])
-        if of_expert is None:
+        if of_expert is None or _reads(node.args[2], node.args[0]):
             continue
         words = "rows of a token that has several experts are replaced, not added"
         if value(of_expert[0]).shape[-1] == 1:
-            words = "a token beyond the capacity of its expert keeps what was there, and that is not zero"
+            words = (
+                "a token that no expert takes (capacity) keeps what was there, which is not zero"
+            )
         yield Refusal(Code.ACCUMULATOR, words, location(node))
 
 
@@ -206,6 +208,19 @@ class _Attempt:
         )
         if not fits:
             raise Refusal(Code.SPELLING, "", location(group.output))
+
+
+def _reads(given: Any, base: Any) -> bool:
+    """Does the sum itself come into what is put into it, other than through a projection?"""
+    todo, seen = [given], set()
+    while todo:
+        node = todo.pop()
+        if node is base:
+            return True
+        if node not in seen and node.target is not torch.ops.aten.mm.default:
+            seen.add(node)
+            todo += node.all_input_nodes
+    return False
 
 
 def find_all(module: fx.GraphModule, pattern: Any) -> list[Match]:
