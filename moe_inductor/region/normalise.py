@@ -20,7 +20,10 @@ from torch import fx
 
 from moe_inductor._compat import FakeTensor, OpOverload
 from moe_inductor.capture.rolled import EXPERT_INDEX
+from moe_inductor.reasons import Refusal
+from moe_inductor.region.counts import Numbers
 from moe_inductor.region.nodes import is_integral, node_arg, unbacked, value
+from moe_inductor.region.pairs import Order, unsorted
 
 aten = torch.ops.aten
 
@@ -81,11 +84,19 @@ def rule(*targets: Any, first: bool = False) -> Callable[[Rule], Rule]:
 
 
 class Emitter:
-    """Builds the normal form.  ``emit`` is the only way to make a node, so every node is interned."""
+    """Builds the normal form.  ``emit`` is the only way to make a node, so every node is interned.
+
+    numbers: what is known about sizes that depend on data.  pairs: what has been unsorted (``region/pairs.py``).
+    refused: why something that was sorted could not be.
+    """
 
     def __init__(self, *, keep_detach: bool) -> None:
         self.graph = fx.Graph()
         self.keep_detach = keep_detach
+        self.numbers = Numbers()
+        self.pairs: dict[fx.Node, Order] = {}
+        self.refused: list[Refusal] = []
+        self._scratch = fx.Graph()
         self._interned: dict[Any, fx.Node] = {}
         self._made: dict[Any, tuple[fx.Node, int]] = {}  # unbacked symbol -> where it was made
 
@@ -103,6 +114,18 @@ class Emitter:
             self._interned[key] = node
         self._note_symbols(node, val)
         return node
+
+    def apply(
+        self, target: Any, args: tuple, kwargs: dict, val: Any, origin: str | None = None
+    ) -> fx.Node:
+        """A further node, in normal form like those of the traced graph."""
+        raw = self._scratch.call_function(target, args, kwargs)
+        raw.meta.update(val=val, stack_trace=origin)
+        made = None
+        for rule in RULES.get(target, ()):
+            made = rule(self, raw, args, kwargs) if made is None else made
+        self._scratch.erase_node(raw)
+        return self.emit(target, args, kwargs, val, origin) if made is None else made
 
     def _note_symbols(self, node: fx.Node, val: Any) -> None:
         if isinstance(val, torch.Tensor):
@@ -164,12 +187,15 @@ class Emitter:
         return self.emit(aten.slice.Tensor, (base, dim, start, end), {}, val, origin)
 
 
-def normalise(graph: fx.Graph, *, keep_detach: bool = True) -> tuple[fx.Graph, dict[fx.Node, Any]]:
+def normalise(
+    graph: fx.Graph, *, keep_detach: bool = True, out: Emitter | None = None
+) -> tuple[fx.Graph, dict[fx.Node, Any]]:
     """Returns the normal form of ``graph`` and, for each old node, what it became (a node, a size, or None).
 
     keep_detach: keep ``detach`` on floating-point tensors; it is a no-op only where no gradient can flow.
+    out: what to build it with, for a caller who wants to know what was found out on the way.
     """
-    out = Emitter(keep_detach=keep_detach)
+    out = out or Emitter(keep_detach=keep_detach)
     env: dict[fx.Node, Any] = {}
     for node in graph.nodes:
         env[node] = _emit(out, node, env)
@@ -194,13 +220,32 @@ def _emit(out: Emitter, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
     if node.target in _ASSERTS or isinstance(found, (torch.SymBool, bool)):
         return None  # says that a size is in its bounds; the fused op has no such size
     if isinstance(found, (int, torch.SymInt)) and node.target is not EXPERT_INDEX:
+        if node.target is aten._local_scalar_dense.default:
+            out.numbers.note_item(found, env[node_arg(node, 0)])
         return out.size(found)
     args, kwargs = _uniform(node, lambda a: env[a])
+    made = None
     for apply in RULES.get(node.target, ()):
-        result = apply(out, node, args, kwargs)
-        if result is not None:
-            return result
-    return out.emit(node.target, args, kwargs, found, node.meta.get("stack_trace"))
+        made = apply(out, node, args, kwargs)
+        if made is not None:
+            break
+    else:
+        made = out.emit(node.target, args, kwargs, found, node.meta.get("stack_trace"))
+    if not isinstance(made, fx.Node):
+        return made
+    if made.target in (aten.slice.Tensor, aten.slice_scatter.default):
+        _note_bounds(out, node, made)
+    return unsorted(out, made) or made
+
+
+def _note_bounds(out: Emitter, node: fx.Node, made: fx.Node) -> None:
+    """Rows from one number that depends on data to another."""
+    after = 1 if node.target is aten.slice.Tensor else 2
+    given = list(node.args[after:])
+    dim, start, end, step = given + [0, None, None, 1][len(given) :]
+    start, end = (value(n) if isinstance(n, fx.Node) else n for n in (start, end))
+    if step == 1 and dim == 0 and (unbacked(start) or unbacked(end)):
+        out.numbers.note_slice(made, 0 if start is None else start, end)
 
 
 # -- rules -------------------------------------------------------------------------------------------------------------
@@ -423,6 +468,54 @@ def _count(out: Emitter, node: fx.Node, args: tuple[Any, ...], kwargs: dict) -> 
     if made.dim() == 1:
         target, rest = aten.sum.dim_IntList, (dims,)
     return out.emit(target, (base, *rest), kwargs, made, node.meta.get("stack_trace"))
+
+
+@rule(aten.index_select.default)
+def _index_select(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """index_select(x, 0, i) = index(x, [i])"""
+    base, dim, index = args
+    if dim != 0 or value(index).dim() != 1:
+        return None
+    made, origin = value(node), node.meta.get("stack_trace")
+    return out.apply(aten.index.Tensor, (base, [index]), {}, made, origin)
+
+
+@rule(aten.gather.default)
+def _gather(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """gather(x [.., n], 0, i [m, 1] in each of n columns) = index(x, [i])"""
+    base, dim, index = args[:3]
+    rows = _repeated(index, value(base)) if dim == 0 and len(args) == 3 else None
+    if rows is None:
+        return None
+    made, origin = value(node), node.meta.get("stack_trace")
+    return out.apply(aten.index.Tensor, (base, [rows]), {}, made, origin)
+
+
+@rule(aten.scatter_add.default, aten.scatter.src)
+def _scatter(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """scatter_add(x [.., n], 0, i [m, 1] in each of n columns, y [m, n]) = index_add(x, 0, i, y)
+    scatter(x, 0, i, y) = index_put(x, [i], y)"""
+    base, dim, index, source = args
+    rows = _repeated(index, value(base)) if dim == 0 else None
+    if rows is None or not out.same_shape(value(index), value(source)):
+        return None
+    made, origin = value(node), node.meta.get("stack_trace")
+    if node.target is aten.scatter_add.default:
+        return out.emit(aten.index_add.default, (base, 0, rows, source), {}, made, origin)
+    return out.emit(aten.index_put.default, (base, [rows], source), {}, made, origin)
+
+
+def _repeated(index: fx.Node, base: torch.Tensor) -> fx.Node | None:
+    """i, where index [m, n] is i [m] in each of the n columns that base has."""
+    made = value(index)
+    if index.target not in (aten.expand.default, aten.repeat.default) or made.dim() != 2:
+        return None
+    column = node_arg(index, 0)
+    shape = value(column).shape
+    narrow = len(shape) == 2 and is_one(shape[1]) and str(shape[0]) == str(made.shape[0])
+    if not narrow or str(made.shape[1]) != str(base.shape[-1]) or base.dim() != 2:
+        return None
+    return node_arg(column, 0) if column.target is aten.view.default else None
 
 
 @rule(aten.addmm.default)
