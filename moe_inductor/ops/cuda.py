@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -28,11 +29,11 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def topk_routing(
-    router_logits: torch.Tensor, k: int, renormalise: bool, weights_dtype: torch.dtype
+    router_logits: torch.Tensor, *args: Any, **facts: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``softmax`` in fp32 over the last dim, top-k: ``(topk_weights [T, k], topk_ids int64 [T, k])``."""
+    """See ``moe_inductor.ops.topk_routing``: ``(topk_weights [T, k], topk_ids int64 [T, k])``."""
     with _on_device_of(router_logits):
-        return _topk_routing(router_logits, k, renormalise, weights_dtype)
+        return _topk_routing(router_logits, *args, **facts)
 
 
 def fused_experts(
