@@ -187,10 +187,9 @@ def _route(
     if SCALE != 1.0:
         weights = weights * SCALE
     out = token * K + column
+    top_ids = top_lanes
     if GROUPS > 1:
         top_ids = (top_lanes // PADDED_S) * size + top_lanes % PADDED_S
-    else:
-        top_ids = top_lanes
     tl.store(weights_ptr + out, weights.to(weights_ptr.dtype.element_ty), mask=used)
     tl.store(ids_ptr + out, top_ids.to(tl.int64), mask=used)
 

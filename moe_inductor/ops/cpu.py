@@ -23,11 +23,11 @@ from torch.nn import functional as F
 
 from moe_inductor.ops.check import (
     Call,
+    Routing,
     Sizes,
     check_expert,
     check_experts_metadata,
     check_experts_sizes,
-    Routing,
     check_routing,
 )
 from moe_inductor.ops.scores import (

@@ -35,10 +35,8 @@ def scores_for_choice(call: Routing) -> Tensor:
 def group_mask(call: Routing, found: Tensor) -> Tensor:
     """Is the expert in one of the ``kept_groups`` groups with the largest score?  [T, E], bool."""
     grouped = found.reshape(found.shape[0], call.groups, -1)
-    if call.group_score == "max":
-        rating = grouped.amax(-1)
-    else:
-        rating = grouped.topk(2, dim=-1).values.sum(-1)
+    best = grouped.topk(1 if call.group_score == "max" else 2, dim=-1).values
+    rating = best.sum(-1)
     kept = torch.zeros_like(rating, dtype=torch.bool)
     kept = kept.scatter(1, rating.topk(call.kept_groups, dim=-1, sorted=False).indices, True)
     return kept.unsqueeze(-1).expand_as(grouped).reshape(found.shape)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 from torch.fx import traceback as fx_traceback
+from torch.fx.node import map_aggregate
 
 from moe_inductor._compat import (
     FakeTensor,
@@ -29,7 +30,15 @@ from moe_inductor._compat import (
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.find import Region
 from moe_inductor.region.fold import Fold
-from moe_inductor.region.nodes import is_floating, location, mutated, name_of, storages, value
+from moe_inductor.region.nodes import (
+    is_floating,
+    location,
+    mutated,
+    name_of,
+    storages,
+    unbacked,
+    value,
+)
 from moe_inductor.region.normalise import normalise
 
 
@@ -54,7 +63,9 @@ class Canonical:
     """module, graph: the normal form, one placeholder per tensor input of the region; only read, never run.
     dynamo_of: for a normal-form node, the Dynamo nodes that hold its value once the region has run, inputs included.
     fake_mode: where to trace references that are to be compared with ``graph``.
-    grad_enabled: grad mode of the experts.  router_refusal: why the router must stay, when it runs under another.
+    grad_enabled: grad mode of the experts.  grad_modes: that of every Dynamo node.  What runs without gradients in a
+        block that has them is detached in ``graph``, so that what the proof finds equal has equal gradients.
+    router_refusal: why the router must stay, when it has gradients and the experts have none.
     autocast, router_autocast: under what references are to be traced.  The casts of autocast are written out in
         ``graph``, so that what the proof finds equal is equal, whatever runs under which.
     folded: what stands for passes of a loop that were not traced (``region/fold.py``).
@@ -65,6 +76,7 @@ class Canonical:
     dynamo_of: dict[fx.Node, list[fx.Node]]
     fake_mode: FakeTensorMode
     grad_enabled: bool
+    grad_modes: dict[fx.Node, bool]
     autocast: Autocast | None
     router_autocast: Autocast | None
     router_refusal: Refusal | None
@@ -97,7 +109,7 @@ def canonicalise(gm: fx.GraphModule, region: Region, folds: Fold | None = None) 
     if not _one_autocast(region, states):
         folds = None  # passes are compared without it
     fake_mode = _fake_mode(region)
-    runner = _Runner(gm, region, folds, states)
+    runner = _Runner(gm, region, folds, states, grad_enabled)
     try:
         traced = trace(runner, [value(n) for n in region.inputs], fake_mode)
     except Refusal:
@@ -131,6 +143,7 @@ def canonicalise(gm: fx.GraphModule, region: Region, folds: Fold | None = None) 
         dynamo_of,
         fake_mode,
         grad_enabled,
+        {node: state.grad_enabled for node, state in states.items()},
         states[region.anchor].autocast,
         states[region.root].autocast,
         router_refusal,
@@ -174,10 +187,12 @@ class _Runner(fx.Interpreter):
         region: Region,
         folds: Fold | None,
         states: dict[fx.Node, State],
+        grad_enabled: bool,
     ) -> None:
         super().__init__(gm, graph=region.graph)
         self.region = region
         self.states = states
+        self.grad_enabled = grad_enabled
         self.nodes = region.nodes if folds is None else folds.nodes
         self.wanted = [n for n in self.nodes if _trackable(n)]
         self.current: fx.Node | None = None
@@ -193,11 +208,28 @@ class _Runner(fx.Interpreter):
             state = self.states[node]
             # ATen nodes inherit the model's source line.
             with fx_traceback.set_current_meta(node), under(state.autocast):
-                self.env[node] = self.run_node(node)
+                constant = _constant(value(node))
+                result = self.run_node(node) if constant is None else constant
+                if self.grad_enabled and not state.grad_enabled and not mutated(node):
+                    result = map_aggregate(result, _detached)
+                self.env[node] = result
             if node is self.last_run and self.last is not None:
                 self.env[self.last] = self.env[node]
         self.current = None
         return tuple(self.env[n] for n in self.wanted)
+
+
+def _constant(item: Any) -> float | None:
+    """A float attribute of the model that Dynamo left open (``dynamic=True``): as it is now, which adds a guard.  An
+    epsilon or a scale decides what the block is."""
+    return float(item) if isinstance(item, torch.SymFloat) and not unbacked(item) else None
+
+
+def _detached(result: Any) -> Any:
+    """What a node gives that runs without gradients."""
+    if isinstance(result, torch.Tensor) and result.dtype.is_floating_point:
+        return result.detach()
+    return result
 
 
 def _trackable(node: fx.Node) -> bool:
@@ -215,7 +247,8 @@ def _results(graph: fx.Graph) -> list[Any]:
 
 def _fresh(item: Any) -> Any:
     if not isinstance(item, torch.Tensor):
-        return item
+        constant = _constant(item)
+        return item if constant is None else constant
     return torch.empty_strided(item.shape, item.stride(), dtype=item.dtype, device=item.device)
 
 
@@ -289,7 +322,8 @@ def _entered(node: fx.Node) -> Autocast | None:
 def _one_grad_mode(region: Region, states: dict[fx.Node, State]) -> tuple[bool, Refusal | None]:
     """The experts run under one grad mode; returns that mode, and a refusal of the router if it runs under another.
 
-    A value computed under ``torch.no_grad()`` inside a block that trains has no gradient; a fused one would have it.
+    A router that runs without gradients in a block that has them is no reason: what it computes is detached in the
+    normal form, where the proof sees it.  The other way round it is, for there nothing is told apart.
     """
     position = {node: i for i, node in enumerate(region.graph.nodes)}
     router: dict[bool, fx.Node] = {}
@@ -302,7 +336,7 @@ def _one_grad_mode(region: Region, states: dict[fx.Node, State]) -> tuple[bool, 
     if len(experts) > 1:
         raise Refusal(Code.GRAD_STATE, "", location(experts[False]))
     mode = next(iter(experts), True)
-    if not router or list(router) == [mode]:
+    if mode or not router or list(router) == [mode]:
         return mode, None
     other = router.get(not mode, region.root)
     return mode, Refusal(Code.GRAD_STATE, "the router mixes grad modes", location(other))

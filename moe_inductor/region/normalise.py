@@ -20,7 +20,7 @@ from torch import fx
 
 from moe_inductor._compat import FakeTensor, OpOverload
 from moe_inductor.capture.rolled import EXPERT_INDEX
-from moe_inductor.region.nodes import is_integral, node_arg, unbacked, value
+from moe_inductor.region.nodes import is_floating, is_integral, node_arg, unbacked, value
 
 aten = torch.ops.aten
 
@@ -165,8 +165,24 @@ def normalise(graph: fx.Graph, *, keep_detach: bool = True) -> tuple[fx.Graph, d
     """
     out = Emitter(keep_detach=keep_detach)
     env: dict[fx.Node, Any] = {}
+    if not keep_detach or all(n.target is not aten.detach.default for n in graph.nodes):
+        for node in graph.nodes:
+            env[node] = _emit(out, node, env)
+        return out.graph, env
+    # No gradient flows through what is not floating point: it is made of values without any detach.
+    attached: dict[fx.Node, Any] = {}
     for node in graph.nodes:
-        env[node] = _emit(out, node, env)
+        if node.op != "output":
+            out.keep_detach = False
+            attached[node] = env[node] = _emit(out, node, attached)
+            out.keep_detach = True
+        if node.op == "output" or (node.op == "call_function" and is_floating(node)):
+            env[node] = _emit(out, node, env)
+    for node in reversed(out.graph.nodes):
+        if (
+            node.op == "call_function" and not node.users
+        ):  # nobody's value: it was tried without its detach
+            out.graph.erase_node(node)
     return out.graph, env
 
 
@@ -453,6 +469,7 @@ def _bias(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 @rule(*_PROMOTING)
 def _promote(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     """a * b = cast(a, dtype of the result) * b, and so for +, - and /, where a has another floating dtype
+    a * view(b [n], [1, n]) = a * b where a has the result's shape
     a * b = b * a, a + b = b + a: the operand that has the result's shape comes first, then an activation, then
     what is not gathered"""
     if kwargs or len(args) != 2:
@@ -460,7 +477,10 @@ def _promote(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     if not all(isinstance(a, fx.Node) and isinstance(value(a), torch.Tensor) for a in args):
         return None
     made, origin = value(node), node.meta.get("stack_trace")
-    a, b = (_promoted(out, n, made, origin) for n in args)
+    a, b = (_row_of_ones(out, n, made) for n in args)
+    if not any(out.same_shape(value(n), made) for n in (a, b)):
+        a, b = args
+    a, b = (_promoted(out, n, made, origin) for n in (a, b))
     rank_a, rank_b = (
         (
             not out.same_shape(value(n), made),
@@ -472,6 +492,21 @@ def _promote(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     if node.target in _COMMUTATIVE and rank_b < rank_a:
         a, b = b, a
     return out.emit(node.target, (a, b), {}, made, origin)
+
+
+def _row_of_ones(out: Emitter, node: fx.Node, made: torch.Tensor) -> fx.Node:
+    """A vector [n] viewed as [1, .., n]: broadcasting does the same."""
+    if node.target is not aten.view.default or value(node).dim() > made.dim():
+        return node
+    base = node_arg(node, 0)
+    ones, last = value(node).shape[:-1], value(node).shape[-1:]
+    if (
+        value(base).dim() == 1
+        and all(map(_is_one, ones))
+        and out.same_sizes(value(base).shape, last)
+    ):
+        return base
+    return node
 
 
 def _promoted(out: Emitter, node: fx.Node, made: torch.Tensor, origin: str | None) -> fx.Node:
