@@ -211,14 +211,15 @@ def _corrected(node: fx.Node) -> tuple[Step, fx.Node] | None:
 
 
 def _vector(bias: fx.Node) -> fx.Node:
-    """What a bias is before it is viewed and promoted to the dtype of the scores."""
+    """The [E] that a bias is before it is viewed and promoted to the dtype of the scores."""
+    found = bias
     while True:
-        if bias.target is aten.view.default:
-            bias = node_arg(bias, 0)
-        elif (found := _widening(bias)) is not None:
-            bias = found[1]
-        else:
-            return bias
+        if value(bias).dim() == 1:
+            found = bias
+        widened = _widening(bias)
+        if widened is None and bias.target is not aten.view.default:
+            return found
+        bias = node_arg(bias, 0)
 
 
 def _limited(node: fx.Node) -> tuple[Step, fx.Node] | None:
