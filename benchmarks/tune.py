@@ -23,7 +23,7 @@ from moe_inductor.kernels.configs import GemmConfig, GemvConfig
 from moe_inductor.kernels.decode import decode_down, decode_gate_up
 from moe_inductor.kernels.down import down
 from moe_inductor.kernels.gate_up import gate_up
-from moe_inductor.kernels.weights import Projection
+from moe_inductor.kernels.weights import Projection, Stored
 from moe_inductor.ops.cuda import topk_routing
 from moe_inductor.unit import parse
 
@@ -161,8 +161,10 @@ class Bench:
     def __init__(self, shape: Shape, T: int, weights: Any, table: bool = False) -> None:
         self.shape, self.inputs = shape, make_inputs(shape, T)
         self.weights = weights  # a pointer table does not keep them alive
-        self.gate_up = Projection.of(list(weights.gate_up) if table else [weights.gate_up])
-        self.down = Projection.of(list(weights.down) if table else [weights.down])
+        self.gate_up = Projection.of(
+            Stored.of(list(weights.gate_up) if table else [weights.gate_up])
+        )
+        self.down = Projection.of(Stored.of(list(weights.down) if table else [weights.down]))
         self.routed = [
             topk_routing(i.router_logits, shape.k, True, torch.bfloat16) for i in self.inputs
         ]

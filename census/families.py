@@ -185,6 +185,9 @@ _GROUPED = {
     "topk_group": 1,
 }
 
+# Time, height and width share the rotated half of a head.
+_ROTARY = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+
 _LINEAR_AND_FULL = Special(sizes={"layer_types": ["linear_attention", "full_attention"]})
 
 _SECOND_SPARSE = Special(sizes={"mlp_layer_types": ["dense", "sparse"]})
@@ -232,6 +235,7 @@ SPECIAL: dict[str, dict[str, Special]] = {
     "glm5_next": {"": Special(sizes={"qk_rope_head_dim": 0})},
     "granitemoehybrid": {"": Special(sizes={"layer_types": ["mamba", "attention"]})},
     "hunyuan_v1_moe": {"": Special(sizes={"head_dim": shrink.HEAD})},
+    "hy_v4_vl": {"": Special(sizes={"rope_parameters": _ROTARY})},
     "jamba": {
         "": Special(
             sizes={

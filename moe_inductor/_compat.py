@@ -39,7 +39,12 @@ from torch._dynamo.variables.builtin import BuiltinVariable
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.iter import IteratorVariable
 from torch._dynamo.variables.builder import VariableBuilder, wrap_fx_proxy
-from torch._dynamo.variables.lists import BaseListVariable, ListVariable
+from torch._dynamo.variables.lists import (
+    BaseListVariable,
+    ListVariable,
+    SliceVariable,
+    TupleVariable,
+)
 from torch._dynamo.variables.misc import GetAttrVariable
 from torch._dynamo.variables.tensor import (
     NumpyNdarrayVariable,
@@ -266,6 +271,37 @@ def bound_nodes(match: Match) -> dict[PatternExpr, torch.fx.Node]:
         for part, node in found.items()
         if isinstance(part, CallFunction) and isinstance(node, torch.fx.Node)
     }
+
+
+# --- backend.py: how Inductor's generated code calls our ops ---------------------------------------------------------
+
+
+def call_directly(op: OpOverload, function: str, device: str) -> None:
+    """Inductor's Python calls ``function`` (dotted, same arguments) for ``op`` on ``device``, not the dispatcher.
+
+    The graph below AOTAutograd needs none of what the dispatcher adds, and a Python op with an autograd formula and
+    lists of tensors costs 30 us through it: more than the kernels at one token.  Does nothing on a torch without the
+    registry, where the call stays right and slower.
+    """
+    try:
+        from torch._inductor.codegen.custom_extern_kernel_codegen import (
+            CUSTOM_EXTERN_KERNEL_CODEGEN,
+            CustomCodegen,
+        )
+        from torch._inductor.codegen.wrapper import ExternKernelAllocLine
+        from torch._inductor.virtualized import V
+    except ImportError:
+        return
+
+    def write(node: Any, writeline: Callable[[Any], None]) -> None:
+        wrapper = V.graph.wrapper_code
+        where = node.get_device()
+        if where is not None and where.type == device:
+            wrapper.add_import_once(f"import {function.rpartition('.')[0]}")
+            node.python_kernel_name = function
+        writeline(ExternKernelAllocLine(wrapper, node))  # what happens without an entry
+
+    CUSTOM_EXTERN_KERNEL_CODEGEN[f"torch.ops.{op}"] = CustomCodegen(python=write)
 
 
 # --- ops/: oneDNN's linear, which Inductor itself lowers to --------------------------------------------------------

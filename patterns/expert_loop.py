@@ -32,7 +32,7 @@ def reference(x, topk_ids, topk_weights, experts, *, mask, sum_in, weight_on, sc
         else:
             token, slot = torch.where(hit)
         rows = x[token]
-        weights = scores[token, e, None] if scattered else topk_weights[token, slot, None]
+        weights = scores.select(1, e)[token, None] if scattered else topk_weights[token, slot, None]
         if weight_on == "input":
             rows = (rows * weights).to(x.dtype)
         y = expert(rows)
@@ -175,6 +175,30 @@ class Scattered(Loop):
 
     def column(self, e):
         return e
+
+
+class ChoosesTwice(Loop):
+    """phimoe in training: what comes last of all choices in its router weights the experts, and chooses none."""
+
+    def route(self, logits):
+        topk_weights, topk_ids = super().route(logits)
+        with torch.no_grad():
+            best = logits.max(dim=-1, keepdim=True).indices
+            bonus = torch.where(topk_ids == best, 1.0, 0.7)
+        return Estimated.apply(topk_weights, bonus.to(topk_weights.dtype)), topk_ids
+
+
+class Estimated(torch.autograd.Function):
+    """A router's own idea of its gradient."""
+
+    @staticmethod
+    def forward(ctx, topk_weights, bonus):
+        ctx.save_for_backward(bonus)
+        return topk_weights * bonus
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0], None
 
 
 class OtherColumn(Scattered):
@@ -431,6 +455,7 @@ EXPERT_LOOP = ExpertsSpelling(
         Sample(name="flat", build=Flat),
         Sample(name="scattered", build=Scattered),
         Sample(name="sum_in_float", build=SumInFloat, dtypes=(torch.bfloat16,)),
+        Sample(name="chooses_twice", build=ChoosesTwice, brief=True),
         Sample(name="top_one", build=TopOne),
         Sample(name="auxiliary_loss", build=AuxiliaryLoss),
         *(Sample(name=name, build=block, brief=True) for name, block in _blocks.variants(Loop)),

@@ -85,6 +85,22 @@ class SpareClass(HitLoop):
         return F.one_hot(topk_ids, num_classes=NUM_EXPERTS + 1).permute(2, 1, 0)
 
 
+class ColumnOfScores(HitLoop):
+    """gpt_oss of transformers 4.57: gradients are off for the mask, and the index holds a row of the hit list."""
+
+    def experts(self, x, topk_ids, topk_weights):
+        scores = torch.zeros(
+            x.shape[0], NUM_EXPERTS, dtype=topk_weights.dtype, device=x.device
+        ).scatter_(1, topk_ids, topk_weights)
+        out, mask = self.start(x), self.mask(topk_ids)
+        for row in self.hits(mask, topk_ids)[:]:
+            e = row[0]
+            with torch.no_grad():
+                _, token = self.where(mask, e)
+            self.add(out, token, self.expert(e, x[token]) * scores[token, e, None])
+        return out
+
+
 class OutOfPlace(HitLoop):
     def experts(self, x, topk_ids, topk_weights):
         out, mask = self.start(x), self.mask(topk_ids)
@@ -270,6 +286,7 @@ HIT_LIST = HitListSpelling(
         Sample(name="counts", build=Counts),
         Sample(name="sentinel", build=Sentinel),
         Sample(name="spare_class", build=SpareClass),
+        Sample(name="column_of_scores", build=ColumnOfScores),
         Sample(name="out_of_place", build=OutOfPlace),
         Sample(name="skips_empty", build=SkipsEmpty),
         Sample(name="if_any", build=IfAny),

@@ -117,6 +117,9 @@ class ExpertIndex(_compat.ConstantVariable):
         return ExpertIndex(self._number, self.dims - 1)
 
 
+_ROWS = (ExpertIndex, rolled.RolledIndex)
+
+
 def give_up(why: str, location: str = "") -> NoReturn:
     """Capture the frame again, without speculation at ``location`` and wherever we are inside of now."""
     attempt = scope.speculating()
@@ -215,10 +218,12 @@ def _before(attempt: scope.Attempt, tx: Any, coming: Any) -> Callable[[], None] 
         _answer_test(attempt, tx, coming)
     elif coming.opname == "GET_ITER" and type(tx.stack[-1]) is Hits:
         _iterate(attempt, tx, coming)
-    elif coming.opname in ("BINARY_SUBSCR", "BINARY_OP", "COMPARE_OP", "CALL"):
+    elif coming.opname in ("BINARY_SUBSCR", "BINARY_OP", "COMPARE_OP", "CALL", "STORE_SUBSCR"):
         then = _index_modules(attempt, tx) if _is_subscript(coming) and attempt.rolled else None
         if then is not None:
             return then
+        if _is_subscript(coming) or coming.opname == "STORE_SUBSCR":
+            _index_by_row(tx, coming)
         _use_of_rolled(tx, coming)
     if coming.opname == "CALL" and any(_function_of(f) is len for f in tx.stack[-3:-1]):
         _note_length_of_pieces(attempt, tx.stack[-1], _location(tx, coming))
@@ -229,6 +234,53 @@ def _is_subscript(instruction: Any) -> bool:
     return instruction.opname == "BINARY_SUBSCR" or (
         instruction.opname == "BINARY_OP" and instruction.arg == _SUBSCRIPT
     )
+
+
+def _index_by_row(tx: Any, coming: Any) -> None:
+    """``x[token_idx, e, None]``: eager takes row ``e`` first where it has no dimensions, and broadcasts it against
+    the other index where it has one.  Both are ``x.select(1, e)[token_idx, None]``.
+    """
+    key = tx.stack[-1]
+    if not _is(key, _compat.TupleVariable):
+        return
+    places = [i for i, item in enumerate(key.items) if _is(item, _ROWS)]
+    if not places:
+        return
+    row, place = key.items[places[0]], places[0]
+    if coming.opname == "STORE_SUBSCR" and not row.dims:
+        return  # a number means the same
+    refuse = row.refuse if _is(row, rolled.RolledIndex) else give_up
+    kinds = [_kind_of_index(item) for item in key.items]
+    tensors = [i for i, kind in enumerate(kinds) if kind in ("tensor", "row")]
+    in_place = tensors == list(range(tensors[0], tensors[-1] + 1))  # dimensions keep their order
+    if (
+        None in kinds
+        or len(places) > 1
+        or coming.opname == "STORE_SUBSCR"
+        or (row.dims and not in_place)
+        or not isinstance(tx.stack[-2], _compat.TensorVariable)
+    ):
+        refuse("an index with others")
+    dim = _compat.ConstantVariable.create(sum(kind != "new" for kind in kinds[:place]))
+    selected = tx.stack[-2].call_method(tx, "select", [dim, row.nb_index_impl(tx)], {})
+    kept = [_compat.ConstantVariable.create(None)] if row.dims and len(tensors) == 1 else []
+    rest = _compat.TupleVariable([*key.items[:place], *kept, *key.items[place + 1 :]])
+    tx.stack[-2:] = [selected, rest]
+
+
+def _kind_of_index(item: Any) -> str | None:
+    """How torch takes one part of an index; None where it is not known here."""
+    if _is(item, _ROWS):
+        return "row"
+    if _is(item, _compat.TensorVariable):
+        value = item.as_proxy().node.meta["example_value"]
+        return "tensor" if value.dim() and value.dtype in (torch.int64, torch.int32) else None
+    if _is(item, _compat.SliceVariable):
+        return "slice"
+    if type(item) is _compat.ConstantVariable:
+        kinds = {type(None): "new", int: "number"}
+        return kinds.get(type(item.value))
+    return None
 
 
 def _use_of_rolled(tx: Any, coming: Any) -> None:
@@ -602,7 +654,7 @@ def _builtin_being_called() -> Any:
     return None
 
 
-def _is(tracker: Any, kind: type) -> bool:
+def _is(tracker: Any, kind: type | tuple[type, ...]) -> bool:
     """``isinstance`` without looking: Dynamo's realizes what it is asked about, which changes the graph's inputs."""
     return issubclass(type(tracker), kind)
 

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import launch
+from .launch import launch, scratch
 
 SMALL_SLOTS = 2048  # up to here every program reads all ids; beyond, chunks are counted first
 RANK_BLOCK = 128  # slots ranked at a time by comparing all pairs
@@ -215,9 +215,9 @@ def align(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> Alignment:
     device = topk_ids.device
     num_blocks = max_row_blocks(num_slots, num_experts, block_m)
     result = Alignment(
-        torch.empty(num_blocks * block_m, dtype=torch.int32, device=device),
-        torch.empty(num_blocks, dtype=torch.int32, device=device),
-        torch.empty(1, dtype=torch.int32, device=device),
+        scratch((num_blocks * block_m,), torch.int32, device),
+        scratch((num_blocks,), torch.int32, device),
+        scratch((1,), torch.int32, device),
     )
     padded_e = max(
         16, triton.next_power_of_2(num_experts + 1)
@@ -240,7 +240,7 @@ def align(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> Alignment:
     # Small chunks are placed sooner, but everybody reads the counts of all chunks.
     chunk = 256 if num_slots <= 2**14 else 512 if num_slots <= 2**17 else 2048
     num_chunks = triton.cdiv(num_slots, chunk)
-    chunk_counts = torch.empty((num_chunks, padded_e), dtype=torch.int32, device=device)
+    chunk_counts = scratch((num_chunks, padded_e), torch.int32, device)
     launch(
         _count_experts,
         (num_chunks,),

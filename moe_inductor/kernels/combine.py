@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import launch
+from .launch import launch
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Pieces that several kernels share: the order of tiles, an expert's base address, the launch.
+"""Pieces that several kernels share: the order of tiles, an expert's base address, biases.
 
 Vocabulary of this folder.  ``T`` tokens, ``E`` experts, ``k`` experts per token, ``H`` hidden size, ``I``
 intermediate size.  A *slot* is one (token, choice) pair, numbered ``token * k + choice``; there are ``T * k``.
@@ -6,9 +6,6 @@ intermediate size.  A *slot* is one (token, choice) pair, numbered ``token * k +
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 
@@ -66,20 +63,3 @@ def load_biases(gate_bias_ptr, up_bias_ptr, expert, columns, I, used, LAYOUT: tl
         if LAYOUT == "separate":
             up = load_bias(up_bias_ptr, expert, I, columns, used)
     return gate, up
-
-
-def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
-    return torch.empty(size, dtype=torch.int8, device="cuda")
-
-
-def allow_device_descriptors() -> None:
-    """Call before launching a kernel that makes TMA descriptors: Triton asks this allocator where to put them.
-
-    The setting belongs to the current context (thread), so it is made for every launch; it costs 0.1 us.
-    """
-    triton.set_allocator(_allocate)
-
-
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-    """Launch a Triton kernel.  The one place to change when a cheaper launcher than Triton's JIT is used."""
-    kernel[grid](*args, **meta)

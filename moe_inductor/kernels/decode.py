@@ -22,8 +22,9 @@ import triton.language as tl
 
 from moe_inductor.unit import Unit
 
-from .common import expert_address, launch, load_bias, load_biases
+from .common import expert_address, load_bias, load_biases
 from .configs import GemvConfig
+from .launch import launch
 from .unit import evaluate
 from .weights import Projection, layout_of
 

@@ -22,8 +22,9 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .align import Alignment
-from .common import allow_device_descriptors, expert_address, launch, load_bias, tile_order
+from .common import expert_address, load_bias, tile_order
 from .configs import GemmConfig
+from .launch import allow_device_descriptors, launch
 from .weights import Projection
 
 

@@ -30,14 +30,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from moe_inductor.unit import Unit
 
 from .align import Alignment
-from .common import (
-    allow_device_descriptors,
-    expert_address,
-    launch,
-    load_biases,
-    tile_order,
-)
+from .common import expert_address, load_biases, tile_order
 from .configs import GemmConfig
+from .launch import allow_device_descriptors, launch
 from .unit import evaluate
 from .weights import Projection, layout_of
 

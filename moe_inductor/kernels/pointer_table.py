@@ -34,10 +34,16 @@ class PointerTables:
     def __len__(self) -> int:
         return len(self._tables) + len(self._pinned)
 
-    def get(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """int64 ``[len(tensors)]`` on their device: the address of each tensor's first element."""
+    def get(
+        self, tensors: Sequence[torch.Tensor], addresses: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """int64 ``[len(tensors)]`` on their device: the address of each tensor's first element.
+
+        Raises:
+            ValueError: they differ in shape, dtype or device (looked at when the table is built).
+        """
         device = tensors[0].device
-        key = (device, *[tensor.data_ptr() for tensor in tensors])
+        key = (device, *(addresses or [tensor.data_ptr() for tensor in tensors]))
         pinned = self._pinned.get(key)
         if pinned is not None:
             return pinned
@@ -45,6 +51,7 @@ class PointerTables:
         with self._lock:
             table = self._tables.get(key)
             if table is None:
+                _check_alike(tensors)
                 if capturing:
                     return _table_inside_graph(device, key[1:])
                 self._make_room(device)
@@ -68,6 +75,16 @@ class PointerTables:
             self._tables.popitem(last=False)
 
 
+def _check_alike(tensors: Sequence[torch.Tensor]) -> None:
+    first = tensors[0]
+    for index, tensor in enumerate(tensors):
+        if (tensor.shape, tensor.dtype, tensor.device) != (first.shape, first.dtype, first.device):
+            raise ValueError(
+                f"the weights of one projection differ between experts: expert 0 has {list(first.shape)} {first.dtype}"
+                f" on {first.device}, expert {index} {list(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            )
+
+
 def _table_inside_graph(device: torch.device, addresses: Sequence[int]) -> torch.Tensor:
     # Not cached: the memory belongs to the graph and holds the addresses only once the graph has run.
     table = torch.empty(len(addresses), dtype=torch.int64, device=device)
@@ -79,5 +96,7 @@ def _table_inside_graph(device: torch.device, addresses: Sequence[int]) -> torch
 _TABLES = PointerTables()
 
 
-def pointer_table(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    return _TABLES.get(tensors)
+def pointer_table(
+    tensors: Sequence[torch.Tensor], addresses: Sequence[int] | None = None
+) -> torch.Tensor:
+    return _TABLES.get(tensors, addresses)

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import launch
+from .launch import launch
 
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 

@@ -7,7 +7,10 @@ Nothing here copies a weight matrix.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -21,11 +24,36 @@ def _three(sizes: Sequence[int]) -> tuple[int, int, int]:
     return expert, outer, inner
 
 
-def _bias(biases: Sequence[torch.Tensor]) -> torch.Tensor | None:
+def stacked_bias(biases: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """Biases are small: a list of them is stacked, so that the kernels know one form."""
     if not biases:
         return None
     return biases[0].contiguous() if biases[0].dim() == 2 else torch.stack(list(biases))
+
+
+class Stored(NamedTuple):
+    """What kernels read a projection's weights from: the stacked tensor, or a pointer table.
+
+    of_list: what its table does not show of a list: length, alignment of the addresses, and of each tensor the
+    shape, the strides and the dtype.
+    """
+
+    tensor: torch.Tensor
+    of_list: tuple[int, int, torch.Size, tuple[int, ...], torch.dtype] | None
+
+    @staticmethod
+    def of(tensors: Sequence[torch.Tensor]) -> Stored:
+        first = tensors[0]
+        if first.dim() == 3:
+            return Stored(first, None)
+        strides = first.stride()
+        if [tensor.stride() for tensor in tensors].count(strides) != len(tensors):
+            raise ValueError("the weights of one projection differ in strides between experts")
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        aligned = functools.reduce(operator.or_, addresses) % 16 == 0
+        alignment = 16 if aligned else first.element_size()
+        table = pointer_table(tensors, addresses)
+        return Stored(table, (len(tensors), alignment, first.shape, strides, first.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,38 +80,30 @@ class Projection:
 
     @staticmethod
     def of(
-        tensors: Sequence[torch.Tensor],
-        biases: Sequence[torch.Tensor] = (),
-        interleaved: bool = False,
+        stored: Stored, bias: torch.Tensor | None = None, interleaved: bool = False
     ) -> Projection:
-        plain = Projection._of_weights(tensors)
-        if not (biases or interleaved):
-            return plain
-        return dataclasses.replace(plain, bias=_bias(biases), interleaved=interleaved)
-
-    @staticmethod
-    def _of_weights(tensors: Sequence[torch.Tensor]) -> Projection:
-        first = tensors[0]
-        strides = first.stride()
-        if first.dim() == 3:
+        tensor, of_list = stored
+        if of_list is None:
             return Projection(
-                first,
+                tensor,
                 False,
-                *_three(first.shape),
-                *_three(strides),
+                *_three(tensor.shape),
+                *_three(tensor.stride()),
                 alignment=16,
-                dtype=first.dtype,
+                dtype=tensor.dtype,
+                bias=bias,
+                interleaved=interleaved,
             )
-        if any(tensor.stride() != strides for tensor in tensors):
-            raise ValueError("the weights of one projection differ in strides between experts")
-        aligned = all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+        number, alignment, shape, strides, dtype = of_list
         return Projection(
-            pointer_table(tensors),
+            tensor,
             True,
-            *_three((len(tensors), *first.shape)),
+            *_three((number, *shape)),
             *_three((0, *strides)),
-            alignment=16 if aligned else first.element_size(),
-            dtype=first.dtype,
+            alignment=alignment,
+            dtype=dtype,
+            bias=bias,
+            interleaved=interleaved,
         )
 
     @property

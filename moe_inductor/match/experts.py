@@ -181,7 +181,7 @@ class _Attempt:
             and moe.experts.weight_dtype == self.shapes.weight_dtype
             and value(iteration.bound["topk_weights"]).dtype == self.shapes.routing_dtype
             and (moe.top_k == 1) == (self.shapes.top_k == 1)
-            and str(x.numel()) == str(T * H)
+            and (str(x.numel()) == str(T * H) or str(x.numel() // H) == str(T))
             and str(ids.numel()) == str(T * moe.top_k)
         )
         if not fits:

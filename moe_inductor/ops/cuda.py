@@ -1,12 +1,13 @@
 """The CUDA implementation of the ops: chooses a plan, allocates workspaces, launches the kernels.
 
+The second call with the same shapes is written down as a program, later ones run it (``kernels/launch.py``).
+
 Imported lazily by the ops, because it imports Triton.  Never synchronises; every size comes from T, k, E, the
 weights' shapes and the block sizes, so the launches can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -19,8 +20,10 @@ from moe_inductor.kernels.configs import DecodePlan, GroupedPlan, Plan, Problem,
 from moe_inductor.kernels.decode import decode_down, decode_gate_up
 from moe_inductor.kernels.down import down
 from moe_inductor.kernels.gate_up import gate_up
+from moe_inductor.kernels.launch import Programs, repeatable, scratch
 from moe_inductor.kernels.routing import topk_routing as _topk_routing
-from moe_inductor.kernels.weights import Projection
+from moe_inductor.kernels.weights import Projection, Stored, stacked_bias
+from moe_inductor.ops.check import Routing
 from moe_inductor.unit import Unit, parse
 
 Weights = Sequence[torch.Tensor]
@@ -28,12 +31,23 @@ Weights = Sequence[torch.Tensor]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+_PROGRAMS = Programs()
+_BIAS = Routing._fields.index("bias")
+
+
 def topk_routing(
     router_logits: torch.Tensor, *args: Any, **facts: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``moe_inductor.ops.topk_routing``: ``(topk_weights [T, k], topk_ids int64 [T, k])``."""
-    with _on_device_of(router_logits):
-        return _topk_routing(router_logits, *args, **facts)
+    if _is_elsewhere(router_logits):
+        with torch.cuda.device(router_logits.device):
+            return topk_routing(router_logits, *args, **facts)
+    call = Routing(router_logits, *args, **facts)
+    if not repeatable(router_logits):
+        return _topk_routing(*call)
+    what = (*call[1:_BIAS], *call[_BIAS + 1 :])
+    weights, ids = _PROGRAMS.run(what, [router_logits, call.bias], _topk_routing, *call)
+    return weights, ids
 
 
 def fused_experts(
@@ -56,53 +70,97 @@ def fused_experts(
     Weights are a single ``[E, out, in]`` tensor or E ``[out, in]`` tensors, any strides; ``up_proj`` is empty
     when ``gate_up_proj`` holds gate and up rows, or when there is no gate.  Ids outside [0, E) contribute nothing.
     """
+    if _is_elsewhere(hidden_states):
+        with torch.cuda.device(hidden_states.device):
+            return fused_experts(
+                hidden_states,
+                topk_ids,
+                topk_weights,
+                gate_up_proj,
+                up_proj,
+                down_proj,
+                activation,
+                out_dtype,
+                gate_up_bias,
+                up_bias,
+                down_bias,
+                interleaved,
+                weight_on_input,
+            )
+    facts = (activation, out_dtype, interleaved, weight_on_input)
+    gate, down_ = Stored.of(gate_up_proj), Stored.of(down_proj)
+    up = Stored.of(up_proj) if up_proj else None
+    biases = [stacked_bias(b) if b else None for b in (gate_up_bias, up_bias, down_bias)]
+    arguments = (hidden_states, topk_ids, topk_weights, gate, up, down_, biases, *facts)
+    if not repeatable(hidden_states):
+        return _fused_experts(*arguments)[0]
+    lists = (gate.of_list, up.of_list if up else None, down_.of_list)
+    weights = (gate.tensor, up.tensor if up else None, down_.tensor)
+    inputs = [hidden_states, topk_ids, topk_weights, *weights, *biases]
+    return _PROGRAMS.run((facts, lists), inputs, _fused_experts, *arguments)[0]
+
+
+def _fused_experts(
+    hidden_states: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    gate_weights: Stored,
+    up_weights: Stored | None,
+    down_weights: Stored,
+    biases: Sequence[torch.Tensor | None],
+    activation: str,
+    out_dtype: torch.dtype,
+    interleaved: bool,
+    weight_on_input: bool,
+) -> list[torch.Tensor]:
+    """What it decides depends only on its arguments but the tensors' contents; ``Programs`` relies on that."""
     unit = parse(activation)
     if torch.float64 in unit.casts:
         raise NotImplementedError(f"activation {unit.text}: no fp64 on a GPU")
     if hidden_states.dtype not in DTYPES:
         raise NotImplementedError(f"dtype {hidden_states.dtype}")
-    with _on_device_of(hidden_states):
-        gate = Projection.of(gate_up_proj, gate_up_bias, interleaved)
-        up = Projection.of(up_proj, up_bias) if up_proj else None
-        down_ = Projection.of(down_proj, down_bias)
-        for projection in (gate, up or gate, down_):
-            if projection.dtype != hidden_states.dtype:
-                raise NotImplementedError(
-                    f"weights are {projection.dtype}, hidden_states {hidden_states.dtype}"
-                )
-        T, H = hidden_states.shape
-        problem = Problem(
-            T=T,
-            E=down_.num_experts,
-            k=topk_ids.shape[1],
-            H=H,
-            I=down_.in_features,
-            dtype=hidden_states.dtype,
-            capability=_capability(hidden_states.device),
-            unit_stride=all(p.stride_in == 1 for p in (gate, up or gate, down_)),
-            gate_up_tma=up is None and not interleaved and gate.tma_ready,
-            down_tma=down_.tma_ready,
-            from_table=down_.from_table,
-        )
-        out = torch.empty((T, H), dtype=out_dtype, device=hidden_states.device)
-        if out.numel() == 0:
-            return out
-        if problem.k == 0 or problem.I == 0 or problem.E == 0:
-            return out.zero_()
-        run_plan(
-            choose_plan(problem),
-            problem,
-            hidden_states if hidden_states.stride(1) == 1 else hidden_states.contiguous(),
-            topk_ids.contiguous(),
-            topk_weights.contiguous(),
-            gate,
-            up,
-            down_,
-            unit,
-            out,
-            weight_on_input,
-        )
-        return out
+    gate_bias, up_bias, down_bias = biases
+    gate = Projection.of(gate_weights, gate_bias, interleaved)
+    up = Projection.of(up_weights, up_bias) if up_weights else None
+    down_ = Projection.of(down_weights, down_bias)
+    for projection in (gate, up or gate, down_):
+        if projection.dtype != hidden_states.dtype:
+            raise NotImplementedError(
+                f"weights are {projection.dtype}, hidden_states {hidden_states.dtype}"
+            )
+    T, H = hidden_states.shape
+    problem = Problem(
+        T=T,
+        E=down_.num_experts,
+        k=topk_ids.shape[1],
+        H=H,
+        I=down_.in_features,
+        dtype=hidden_states.dtype,
+        capability=_capability(hidden_states.device),
+        unit_stride=all(p.stride_in == 1 for p in (gate, up or gate, down_)),
+        gate_up_tma=up is None and not interleaved and gate.tma_ready,
+        down_tma=down_.tma_ready,
+        from_table=down_.from_table,
+    )
+    out = torch.empty((T, H), dtype=out_dtype, device=hidden_states.device)
+    if out.numel() == 0:
+        return [out]
+    if problem.k == 0 or problem.I == 0 or problem.E == 0:
+        return [out.zero_()]
+    run_plan(
+        choose_plan(problem),
+        problem,
+        hidden_states if hidden_states.stride(1) == 1 else hidden_states.contiguous(),
+        topk_ids.contiguous(),
+        topk_weights.contiguous(),
+        gate,
+        up,
+        down_,
+        unit,
+        out,
+        weight_on_input,
+    )
+    return [out]
 
 
 def run_plan(
@@ -122,9 +180,10 @@ def run_plan(
     I = problem.I
     # Rows of h are padded to 16 elements, so that a row starts aligned whatever I is.
     stride = -(-I // 16) * 16
+    dtype, device = hidden_states.dtype, hidden_states.device
     before, after = (topk_weights, None) if weight_on_input else (None, topk_weights)
     if isinstance(plan, DecodePlan):
-        intermediate = hidden_states.new_empty((problem.slots, stride))
+        intermediate = scratch((problem.slots, stride), dtype, device)
         decode_gate_up(
             hidden_states, gate, up, topk_ids, unit, intermediate, I, plan.gate_up, before
         )
@@ -133,8 +192,8 @@ def run_plan(
     assert isinstance(plan, GroupedPlan)
     num_programs = _num_multiprocessors(hidden_states.device)
     alignment = align(topk_ids, problem.E, plan.gate_up.block_m)
-    intermediate = hidden_states.new_empty((alignment.sorted_token_ids.numel(), stride))
-    slot_outputs = hidden_states.new_empty((problem.slots, problem.H))
+    intermediate = scratch((alignment.sorted_token_ids.numel(), stride), dtype, device)
+    slot_outputs = scratch((problem.slots, problem.H), dtype, device)
     gate_up(
         hidden_states,
         gate,
@@ -152,11 +211,9 @@ def run_plan(
     combine(slot_outputs, topk_ids, out, problem.E)
 
 
-def _on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    # Triton launches on the current device.  Switching costs a few us, so only where it is needed.
-    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(tensor.device)
+def _is_elsewhere(tensor: torch.Tensor) -> bool:
+    """Triton launches on the current device.  Switching costs a few us, so only where it is needed."""
+    return tensor.is_cuda and tensor.get_device() != torch.cuda.current_device()
 
 
 @functools.cache

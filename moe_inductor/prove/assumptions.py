@@ -41,7 +41,14 @@ from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.canonical import Canonical, trace
 from moe_inductor.region.find import Region
 from moe_inductor.region.fold import Fold, fold, fold_rolled, sum_steps
-from moe_inductor.region.nodes import is_integral, mutated, storages, unbacked, value
+from moe_inductor.region.nodes import (
+    is_integral,
+    mutated,
+    name_of,
+    storages,
+    unbacked,
+    value,
+)
 from moe_inductor.region.normalise import normalise
 
 aten = torch.ops.aten
@@ -102,7 +109,7 @@ class Assumed:
             a
             for a in self.all
             if a not in self.proved
-            or any(n in alive for p in a.passes for n in p.nodes)
+            or any(n in alive and not _switches_mode(n) for p in a.passes for n in p.nodes)
             or any(n in alive for n in _indices(a))
         ]
 
@@ -362,6 +369,11 @@ def _effects(one: Pass, assumption: Assumption) -> list[fx.Node]:
             )
         found.add(after)
     return [n for n in one.nodes if n in found]
+
+
+def _switches_mode(node: fx.Node) -> bool:
+    """A pass leaves the modes as it found them; with all between them gone, the switches do nothing."""
+    return name_of(node) in ("_set_grad_enabled", "_enter_autocast", "_exit_autocast")
 
 
 def _held_in(canonical: Canonical, dynamo: fx.Node) -> fx.Node | None:

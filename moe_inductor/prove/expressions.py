@@ -21,10 +21,14 @@ class Numbering:
     def __init__(self) -> None:
         self._numbers: dict[Any, int] = {}
         self._of: dict[fx.Node, int] = {}
+        self._known: frozenset[Any] = (
+            frozenset()
+        )  # unbacked symbols of the leaves: the same in all graphs
 
     def leaf(self, node: fx.Node, name: Any) -> None:
         """``node`` stands for the tensor called ``name``, whatever it was computed from."""
         self._of[node] = self._number(("leaf", name))
+        self._known |= unbacked(value(node))
 
     def number(self, root: fx.Node) -> int:
         todo = [root]
@@ -67,6 +71,10 @@ class Numbering:
 
     def _constant(self, item: Any) -> Any:
         if isinstance(item, fx.Node):
+            found = value(item)
+            if isinstance(found, torch.SymInt) and unbacked(found) <= self._known:
+                # The number of tokens may depend on data itself: then it is the leaves' and has a name.
+                return self._constant(str(found.node.expr))
             return ("node", self._of.get(item, id(item)))
         if isinstance(item, (tuple, list)):
             return tuple(self._constant(i) for i in item)

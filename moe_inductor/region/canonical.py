@@ -63,9 +63,9 @@ class Canonical:
     """module, graph: the normal form, one placeholder per tensor input of the region; only read, never run.
     dynamo_of: for a normal-form node, the Dynamo nodes that hold its value once the region has run, inputs included.
     fake_mode: where to trace references that are to be compared with ``graph``.
-    grad_enabled: grad mode of the experts.  grad_modes: that of every Dynamo node.  What runs without gradients in a
-        block that has them is detached in ``graph``, so that what the proof finds equal has equal gradients.
-    router_refusal: why the router must stay, when it has gradients and the experts have none.
+    grad_enabled: grad mode of the experts.  grad_modes: that of every Dynamo node.  router_refusal: why the router
+        must stay, when it runs under another mode, and that is not written out.
+    grad_refusal: what to say of a block with both modes after its root, if it is not fused.
     autocast, router_autocast: under what references are to be traced.  The casts of autocast are written out in
         ``graph``, so that what the proof finds equal is equal, whatever runs under which.
     folded: what stands for passes of a loop that were not traced (``region/fold.py``).
@@ -80,6 +80,7 @@ class Canonical:
     autocast: Autocast | None
     router_autocast: Autocast | None
     router_refusal: Refusal | None
+    grad_refusal: Refusal | None
     folded: Folded | None = None
 
     @property
@@ -104,12 +105,12 @@ def canonicalise(gm: fx.GraphModule, region: Region, folds: Fold | None = None) 
     Raises Refusal (MUTATION, GRAD_STATE, CANONICALISE).
     """
     states = _states(region)
-    grad_enabled, router_refusal = _one_grad_mode(region, states)
+    grad = _grad_modes(region, states)
     _no_foreign_mutation(region)
     if not _one_autocast(region, states):
         folds = None  # passes are compared without it
     fake_mode = _fake_mode(region)
-    runner = _Runner(gm, region, folds, states, grad_enabled)
+    runner = _Runner(gm, region, folds, states, grad.stopped)
     try:
         traced = trace(runner, [value(n) for n in region.inputs], fake_mode)
     except Refusal:
@@ -123,7 +124,7 @@ def canonicalise(gm: fx.GraphModule, region: Region, folds: Fold | None = None) 
             f"`{name}` could not be traced: {type(error).__name__}: {text[0] if text else ''}",
             where,
         ) from error
-    graph, env = normalise(traced.graph, keep_detach=grad_enabled)
+    graph, env = normalise(traced.graph, keep_detach=grad.enabled)
     dynamo_of: dict[fx.Node, list[fx.Node]] = {}
     holders = list(zip(region.inputs, _placeholders(traced.graph), strict=True))
     holders += list(zip(runner.wanted, _results(traced.graph), strict=True))
@@ -142,11 +143,12 @@ def canonicalise(gm: fx.GraphModule, region: Region, folds: Fold | None = None) 
         module,
         dynamo_of,
         fake_mode,
-        grad_enabled,
+        grad.enabled,
         {node: state.grad_enabled for node, state in states.items()},
         states[region.anchor].autocast,
         states[region.root].autocast,
-        router_refusal,
+        grad.router,
+        grad.refusal,
         folded,
     )
 
@@ -187,12 +189,12 @@ class _Runner(fx.Interpreter):
         region: Region,
         folds: Fold | None,
         states: dict[fx.Node, State],
-        grad_enabled: bool,
+        stopped: frozenset[fx.Node],
     ) -> None:
         super().__init__(gm, graph=region.graph)
         self.region = region
+        self.stopped = stopped
         self.states = states
-        self.grad_enabled = grad_enabled
         self.nodes = region.nodes if folds is None else folds.nodes
         self.wanted = [n for n in self.nodes if _trackable(n)]
         self.current: fx.Node | None = None
@@ -209,10 +211,10 @@ class _Runner(fx.Interpreter):
             # ATen nodes inherit the model's source line.
             with fx_traceback.set_current_meta(node), under(state.autocast):
                 constant = _constant(value(node))
-                result = self.run_node(node) if constant is None else constant
-                if self.grad_enabled and not state.grad_enabled and not mutated(node):
-                    result = map_aggregate(result, _detached)
-                self.env[node] = result
+                made = self.run_node(node) if constant is None else constant
+                if node in self.stopped:
+                    made = map_aggregate(made, _without_gradient)
+                self.env[node] = made
             if node is self.last_run and self.last is not None:
                 self.env[self.last] = self.env[node]
         self.current = None
@@ -225,11 +227,8 @@ def _constant(item: Any) -> float | None:
     return float(item) if isinstance(item, torch.SymFloat) and not unbacked(item) else None
 
 
-def _detached(result: Any) -> Any:
-    """What a node gives that runs without gradients."""
-    if isinstance(result, torch.Tensor) and result.dtype.is_floating_point:
-        return result.detach()
-    return result
+def _without_gradient(made: Any) -> Any:
+    return made.detach() if isinstance(made, torch.Tensor) and made.is_floating_point() else made
 
 
 def _trackable(node: fx.Node) -> bool:
@@ -319,27 +318,44 @@ def _entered(node: fx.Node) -> Autocast | None:
     return Autocast(str(device), dtype or torch.get_autocast_dtype(str(device)))  # type: ignore[arg-type]
 
 
-def _one_grad_mode(region: Region, states: dict[fx.Node, State]) -> tuple[bool, Refusal | None]:
-    """The experts run under one grad mode; returns that mode, and a refusal of the router if it runs under another.
+class _Grad(NamedTuple):
+    """enabled: do the experts train?  stopped: nodes whose results have no gradient although they do.
+    refusal: what to say if that is in the way.  router: why the router must stay."""
 
-    A router that runs without gradients in a block that has them is no reason: what it computes is detached in the
-    normal form, where the proof sees it.  The other way round it is, for there nothing is told apart.
+    enabled: bool
+    stopped: frozenset[fx.Node]
+    refusal: Refusal | None
+    router: Refusal | None
+
+
+def _grad_modes(region: Region, states: dict[fx.Node, State]) -> _Grad:
+    """A value computed under ``torch.no_grad()`` inside a block that trains has no gradient; a fused one would have it.
+
+    Where modes are mixed that is written out: f(x) under no_grad is detach(f(x)).  Raises Refusal (GRAD_STATE).
     """
     position = {node: i for i, node in enumerate(region.graph.nodes)}
-    router: dict[bool, fx.Node] = {}
-    experts: dict[bool, fx.Node] = {}
-    for node in region.nodes:
-        if is_floating(node):
-            # The root belongs to the router: ids are often chosen without gradients.
-            part = router if position[node] <= position[region.root] else experts
-            part.setdefault(states[node].grad_enabled, node)
-    if len(experts) > 1:
-        raise Refusal(Code.GRAD_STATE, "", location(experts[False]))
-    mode = next(iter(experts), True)
-    if mode or not router or list(router) == [mode]:
-        return mode, None
-    other = router.get(not mode, region.root)
-    return mode, Refusal(Code.GRAD_STATE, "the router mixes grad modes", location(other))
+    floating = [node for node in region.nodes if is_floating(node)]
+    # The root belongs to the router: ids are often chosen without gradients.
+    after = [n for n in floating if position[n] > position[region.root]]
+    enabled = any(states[n].grad_enabled for n in after) or not after
+    other = [n for n in floating if states[n].grad_enabled != enabled]
+    late = next((n for n in after if n in other), None)
+    refusal = Refusal(Code.GRAD_STATE, "", location(late)) if late is not None else None
+    words = "the router mixes grad modes"
+    unclear = [n for n in other if not enabled or not _stays_without(n, set(other))]
+    router = Refusal(Code.GRAD_STATE, words, location(unclear[0])) if unclear else None
+    stopped = {n for n in other if enabled and not mutated(n)}
+    if refusal is not None and any(n in after and n not in stopped for n in other):
+        raise refusal  # changed in place: it keeps the gradient of what it was
+    return _Grad(enabled, frozenset(stopped), refusal, router)
+
+
+def _stays_without(node: fx.Node, without: set[fx.Node]) -> bool:
+    """Does ``node``, which runs without gradients, give what has none?  One that changes a tensor in place does where
+    all that it reads has none either."""
+    return not mutated(node) or all(
+        a in without or not is_floating(a) for a in node.all_input_nodes
+    )
 
 
 def _one_autocast(region: Region, states: dict[fx.Node, State]) -> bool:
@@ -350,7 +366,19 @@ def _one_autocast(region: Region, states: dict[fx.Node, State]) -> bool:
 
 
 def _no_foreign_mutation(region: Region) -> None:
-    """Nothing outside changes what the region reads while it runs, and the region changes only what it made."""
+    """Nothing outside changes what the region reads while it runs, and the region changes only what it made.
+
+    What follows the experts is left to the model where it does otherwise: a block that writes its result into a tensor
+    that two blocks share, say.
+    """
+    while (found := _foreign_mutation(region)) is not None:
+        touching, refusal = found
+        if not region.give_up(touching):
+            raise refusal
+
+
+def _foreign_mutation(region: Region) -> tuple[list[fx.Node], Refusal] | None:
+    """The first one: the members that share its tensor, and what to say of it."""
     members = set(region.nodes)
     made: set[int] = set()
     read: set[int] = set()
@@ -367,14 +395,14 @@ def _no_foreign_mutation(region: Region) -> None:
             continue
         for target in mutated(node):
             if node in members and storages(target) & read:
-                raise Refusal(
-                    Code.MUTATION,
-                    f"`{name_of(node)}` changes an input of the block",
-                    location(node),
-                )
-            if node not in members and storages(target) & (read | made):
-                raise Refusal(
-                    Code.MUTATION,
-                    f"`{name_of(node)}` changes a tensor of the block in the middle of it",
-                    location(node),
-                )
+                words = f"`{name_of(node)}` changes an input of the block"
+                return [node], Refusal(Code.MUTATION, words, location(node))
+            if node not in members and (shared := storages(target) & (read | made)):
+                words = f"`{name_of(node)}` changes a tensor of the block in the middle of it"
+                touching = [
+                    n
+                    for n in region.nodes
+                    if any(storages(a) & shared for a in (n, *n.all_input_nodes))
+                ]
+                return touching, Refusal(Code.MUTATION, words, location(node))
+    return None

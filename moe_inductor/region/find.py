@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import operator
+from typing import Any
 
 from torch import fx
 
@@ -92,6 +93,18 @@ class Region:
         members = set(self.nodes)
         read = [a for n in self.nodes for a in n.all_input_nodes if a not in members]
         self.inputs = list(dict.fromkeys((*read, *self.read_by_others)))
+
+    def give_up(self, nodes: list[fx.Node]) -> bool:
+        """Leave ``nodes`` and all that depends on them to the model.  False, and nothing done, if the root or an
+        anchor is among them."""
+        order = {node: i for i, node in enumerate(self.graph.nodes)}
+        gone = _downstream(self.graph, nodes, order) | set(nodes)
+        left = [n for n in self.nodes if n not in gone]
+        if not nodes or self.root in gone or any(n in gone and _is_anchor(n) for n in self.nodes):
+            return False
+        self.nodes = left
+        self.refresh()
+        return True
 
     @property
     def location(self) -> str:
@@ -197,10 +210,15 @@ def _is_gathered_weight(node: fx.Node) -> bool:
 
 
 def _selects_rows(node: fx.Node) -> bool:
-    """``hidden_states[token_idx]`` or ``index_add_(0, token_idx, ...)`` with a data-dependent ``token_idx``."""
-    return name_of(node) in _GATHERS and any(
-        is_integral(a) and has_unbacked(a) for a in node.all_input_nodes[1:]
-    )
+    """``hidden_states[token_idx]`` with a data-dependent ``token_idx``."""
+    return bool(_chosen_rows(node))
+
+
+def _chosen_rows(node: fx.Node) -> list[fx.Node]:
+    """The data-dependent index by which ``node`` selects rows, if it does."""
+    if name_of(node) not in _GATHERS:
+        return []
+    return [a for a in node.all_input_nodes[1:] if is_integral(a) and has_unbacked(a)]
 
 
 def _is_root(node: fx.Node) -> bool:
@@ -223,6 +241,8 @@ def _root_of(
     """The latest node that chose experts among everything the anchor depends on.
 
     "Latest" because an anchor of layer 7 depends on the top-k of layers 0..6 as well, through the residual stream.
+    Rows that were selected say by their index who chose them: the weights that are selected may come from a node
+    that only looks like another choice (phimoe's router takes three maxima per expert).
     """
     heap, seen = [(-order[anchor], anchor.name, anchor)], {anchor}
     while heap:
@@ -230,7 +250,7 @@ def _root_of(
         if _is_root(node):
             return node
         before = [w for s in storages(node) for w in writers.get(s, ()) if order[w] < order[anchor]]
-        for arg in (*node.all_input_nodes, *before):
+        for arg in (*(_chosen_rows(node) or node.all_input_nodes), *before):
             if arg not in seen:
                 seen.add(arg)
                 heapq.heappush(heap, (-order[arg], arg.name, arg))
@@ -276,6 +296,7 @@ def _grow(
         if order[n] > order[root]
         and n.op not in ("output", "placeholder")
         and n not in of_later_blocks
+        and not _runs_a_graph(n)
     ]
     last_anchor = max(order[a] for a in anchors)
     chosen = _downstream(graph, [root], order) - of_later_blocks
@@ -369,6 +390,24 @@ def _is_fresh(node: fx.Node) -> bool:
     return name_of(_viewed(node)) in _CONSTRUCTORS
 
 
+def _runs_a_graph(node: fx.Node) -> bool:
+    """A higher-order operator or one of its results, like those of a router's own autograd function: an input."""
+    while node.target is operator.getitem and not is_tensor(source := node.all_input_nodes[0]):
+        node = source
+    return any(
+        a.op == "get_attr" and isinstance(_attribute(a), fx.GraphModule)
+        for a in node.all_input_nodes
+    )
+
+
+def _attribute(node: fx.Node) -> Any:
+    """What a get_attr node reads; None where it is not there."""
+    found: Any = node.graph.owning_module
+    for name in str(node.target).split("."):
+        found = getattr(found, name, None)
+    return found
+
+
 def _viewed(node: fx.Node) -> fx.Node:
     while node.op.startswith("call") and name_of(node) in _VIEWS and node.all_input_nodes:
         node = node.all_input_nodes[0]
@@ -398,6 +437,8 @@ def _add_router(root: fx.Node, members: set[fx.Node]) -> None:
     while todo:
         node = todo.pop()
         if node in found or node.op in ("placeholder", "get_attr") or name_of(node) in _GEMMS:
+            continue
+        if _runs_a_graph(node):
             continue
         found.add(node)
         if len(found) > _ROUTER_LIMIT:

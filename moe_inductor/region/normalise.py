@@ -224,8 +224,9 @@ def _copy(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 
 @rule(aten.detach.default)
 def _detach(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-    """detach(x) = x where no gradient flows: integers, or gradients are off."""
-    return args[0] if is_integral(node) or not out.keep_detach else None
+    """detach(x) = x where no gradient flows: integers, constants, or gradients are off."""
+    constant = not args[0].all_input_nodes and args[0].op == "call_function"
+    return args[0] if constant or is_integral(node) or not out.keep_detach else None
 
 
 @rule(aten._to_copy.default)

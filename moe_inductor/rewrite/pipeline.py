@@ -101,6 +101,8 @@ def _fuse_region(
         return
     report.artifacts[f"canonical_{len(report.artifacts)}"] = str(canonical.graph)
     if not blocks:
+        if canonical.grad_refusal is not None:
+            refused = [canonical.grad_refusal]  # no spelling has both modes
         report.blocks.append(_not_fused(region, refused))
         return
     for bound in blocks:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moe_inductor import ops  # noqa: F401  (registers the ops)
+from moe_inductor import _compat, ops  # noqa: F401  (registers the ops)
 from moe_inductor.description import Router
 from moe_inductor.match.bind import Bound, BoundRouter, Weight
 from moe_inductor.ops.check import Routing
@@ -33,6 +33,8 @@ from moe_inductor.rewrite.liveness import erase_unneeded, needed
 
 _EXPERTS = torch.ops.moe_inductor.fused_experts.default
 _ROUTING = torch.ops.moe_inductor.topk_routing.default
+_compat.call_directly(_EXPERTS, "moe_inductor.ops.cuda.fused_experts", "cuda")
+_compat.call_directly(_ROUTING, "moe_inductor.ops.cuda.topk_routing", "cuda")
 # What may stand between a router and fused experts: each element stays what and where it is.
 _ELEMENT_BY_ELEMENT = frozenset({"reshape", "view", "flatten", "contiguous", "to", "type", "float"})
 _ROUTING_DEFAULTS = Routing._field_defaults

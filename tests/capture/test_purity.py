@@ -175,6 +175,20 @@ def both(s, x, w, m, out, hit):
     return out
 
 
+def scores(w, m):
+    """[T, E]: the weights of all experts, 0 where one was not chosen."""
+    return (m.permute(2, 1, 0) * w[..., None]).sum(1)
+
+
+def column_by_a_row(s, x, w, m, out, hit):
+    """transformers 4: qwen3_vl_moe."""
+    for e in hit:
+        with torch.no_grad():
+            _, t = torch.where(m[e[0]])
+        out.index_add_(0, t, s.experts[e[0]](x[t]) * scores(w, m)[t, e][:, None])
+    return out
+
+
 def no_grad_in_the_body(s, x, w, m, out, hit):
     """transformers 4: gpt_oss."""
     for e in hit[:]:
@@ -186,6 +200,7 @@ def no_grad_in_the_body(s, x, w, m, out, hit):
 
 
 WHOLE = [
+    column_by_a_row,
     no_grad_in_the_body,
     rows_squeezed,
     rows_indexed,

@@ -136,7 +136,37 @@ def index_assignment(s, x, w, m, out, hit):
     return out
 
 
+def column_of_scores(s, x, w, m, out, hit):
+    """transformers 4.57, gpt_oss: the row of the hit list inside of an index."""
+    scores = test_purity.scores(w, m)
+    for e in hit:
+        t = torch.where(m[e[0]])[1]
+        out.index_add_(0, t, s.stacked_expert(e[0], x[t]) * scores[t, e[0], None])
+    return out
+
+
+def column_by_a_row(s, x, w, m, out, hit):
+    """transformers 4.57, qwen3_vl_moe: a row of shape [1] broadcasts against the other index."""
+    scores = test_purity.scores(w, m)
+    for e in hit:
+        t = torch.where(m[e[0]])[1]
+        out.index_add_(0, t, s.stacked_expert(e[0], x[t]) * scores[t, e, None])
+    return out
+
+
+def row_with_slices(s, x, w, m, out, hit):
+    """Alone, it keeps its dimension, in its place."""
+    for e in hit:
+        k, t = torch.where(m[e[0]])
+        first, second = s.gate_up[e, :H][0], s.gate_up.transpose(0, 1)[:H, e][:, 0]
+        out.index_add_(0, t, (x[t] @ first.T + x[t] @ second.T) * w[t, k, None])
+    return out
+
+
 ROLLED = [
+    column_of_scores,
+    column_by_a_row,
+    row_with_slices,
     test_purity.rows_squeezed,
     test_purity.rows_indexed,
     test_purity.rows_with_sentinel,

@@ -75,7 +75,9 @@ FAMILIES = {
     ),
     "deepseek_v3": Family("DeepseekV3MoE", TWO_WIDTHS | GROUPS, score="sigmoid"),
     "dots1": Family("Dots1MoE", TWO_WIDTHS | GROUPS | {"n_shared_experts": 1}, score="sigmoid"),
-    "glm4_moe": Family("Glm4MoeMoE", TWO_WIDTHS | GROUPS | {"n_shared_experts": 1}, score="sigmoid"),
+    "glm4_moe": Family(
+        "Glm4MoeMoE", TWO_WIDTHS | GROUPS | {"n_shared_experts": 1}, score="sigmoid"
+    ),
 }
 DTYPES = [torch.float32, torch.bfloat16]
 

@@ -18,8 +18,8 @@ LAYOUTS = ("concatenated", "interleaved", "separate", "plain")
 TOKENS = (1, 8, 100, 900)  # one for each kind of plan
 
 
-def draw(layout, biased, tokens, dtype):
-    generator = torch.Generator().manual_seed(tokens)
+def draw(layout, biased, tokens, dtype, seed=0):
+    generator = torch.Generator().manual_seed(tokens + 1000 * seed)
 
     def normal(*shape, scale=1.0):
         made = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
@@ -93,14 +93,23 @@ def step(run, inputs):
 
 def check(name, layout, biased, on_input, dtype, tokens, storage="stacked"):
     text, unit = (PLAIN if layout == "plain" else GATED)[name]
-    inputs, ids = draw(layout, biased, tokens, dtype)
-    exact = {n: t.double() for n, t in inputs.items()}
-    ours = step(lambda t: fused(t, ids, text, layout, on_input, storage), inputs)
-    eager = step(lambda t: written_out(t, ids, unit, layout, on_input), inputs)
-    truth = step(lambda t: written_out(t, ids, unit, layout, on_input), exact)
-    for what, wanted in truth.items():
+    all_ours, all_eager, all_truth = [], [], []
+    # One token has two routing weights: the rounding of so few numbers is luck, so several draws are taken together.
+    for seed in range(12 if tokens == 1 else 1):
+        inputs, ids = draw(layout, biased, tokens, dtype, seed)
+        exact = {n: t.double() for n, t in inputs.items()}
+        eagerly = lambda t, ids=ids: written_out(t, ids, unit, layout, on_input)  # noqa: E731
+        all_ours.append(
+            step(lambda t, ids=ids: fused(t, ids, text, layout, on_input, storage), inputs)
+        )
+        all_eager.append(step(eagerly, inputs))
+        all_truth.append(step(eagerly, exact))
+    for what in all_truth[0]:
+        ours, eager, wanted = (
+            torch.cat([one[what] for one in every]) for every in (all_ours, all_eager, all_truth)
+        )
         scale = wanted.square().mean().sqrt().clamp(min=1.0)
-        assert_within_fp64_rule(ours[what] / scale, eager[what] / scale, wanted / scale, what)
+        assert_within_fp64_rule(ours / scale, eager / scale, wanted / scale, what)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -35,6 +35,7 @@ def test_under_interpreter(name):
             "-x",
             "-p",
             "no:cacheprovider",
+            "-n0",
             f"interpreter/{name}",
         ],
         cwd=HERE,

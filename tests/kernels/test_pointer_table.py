@@ -1,5 +1,6 @@
 import threading
 
+import pytest
 import torch
 
 from moe_inductor.kernels.pointer_table import PointerTables
@@ -25,8 +26,16 @@ def test_a_replaced_parameter_gets_another_table():
     second = tables.get(replaced)
     assert second.tolist() == [t.data_ptr() for t in replaced]
     assert first.tolist() == [t.data_ptr() for t in tensors]
-    tensors[1].data = torch.randn(5, 5)  # in place, the same Parameter object
+    tensors[1].data = torch.randn(2, 2)  # in place, the same Parameter object
     assert tables.get(tensors).tolist() == [t.data_ptr() for t in tensors]
+
+
+def test_ragged_lists_are_refused():
+    tables = PointerTables()
+    with pytest.raises(ValueError, match=r"expert 2 \[3, 2\]"):
+        tables.get([*weights(2), torch.randn(3, 2)])
+    with pytest.raises(ValueError, match=r"float64"):
+        tables.get([*weights(2), torch.randn(2, 2).double()])
 
 
 def test_bounded():

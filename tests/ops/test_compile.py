@@ -179,3 +179,27 @@ def test_importing_the_ops_imports_neither_triton_nor_dynamo():
         "assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_inductor_calls_ours_without_the_dispatcher(monkeypatch):
+    """On CUDA; here the CPU stands in for it."""
+    from moe_inductor import _compat
+
+    registry = pytest.importorskip(
+        "torch._inductor.codegen.custom_extern_kernel_codegen"
+    ).CUSTOM_EXTERN_KERNEL_CODEGEN
+    data = unit_scale_inputs(6, 4, 2, 16, 8)
+    block = Block(storages(data)["stacked"])
+    for op, function in (
+        (OPS.fused_experts.default, "moe_inductor.ops.cpu.fused_experts"),
+        (OPS.topk_routing.default, "moe_inductor.ops.cpu.topk_routing"),
+    ):
+        monkeypatch.setitem(registry, f"torch.ops.{op}", None)  # undone after the test
+        _compat.call_directly(op, function, "cpu")
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+        compiled = torch.compile(block, dynamic=False)
+        out, (code, *_) = run_and_get_code(compiled, data.hidden_states, data.router_logits)
+    assert "= moe_inductor.ops.cpu.fused_experts(" in code
+    assert "= moe_inductor.ops.cpu.topk_routing(" in code
+    assert "= torch.ops.moe_inductor" not in code
+    torch.testing.assert_close(out, block(data.hidden_states, data.router_logits))

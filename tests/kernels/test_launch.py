@@ -1,0 +1,331 @@
+"""Programs: repeated launches are the launches that the JIT would make, argument by argument.
+
+Kernels are replaced by stubs on CPU tensors.  A stub asks Triton's own binder (for sm_90) what it specialises the
+arguments on, and a compiled stub fails when it is launched with arguments of another specialisation.
+"""
+
+import dataclasses
+import itertools
+import threading
+import types
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moe_inductor.kernels import align, combine, decode, down, gate_up, launch, routing
+from moe_inductor.ops import cuda
+
+BACKEND = make_backend(GPUTarget("cuda", 90, 32))
+MODULES = (align, combine, decode, down, gate_up, routing)
+
+
+@dataclasses.dataclass
+class Metadata:
+    global_scratch_size: int = 0
+
+
+class Compiled:
+    """As much of a CompiledKernel as a program touches."""
+
+    function, packed_metadata, metadata = 1, (2,), Metadata()
+
+    def __init__(self, specialisation, names, values, log):
+        self.specialisation, self.names, self.values, self.log = specialisation, names, values, log
+
+    def run(self, x, y, z, stream, function, packed, launch_metadata, enter, leave, *values):
+        assert (function, packed, enter, leave) == (1, (2,), None, None)
+        assert stream == 77
+        now = []
+        for name, value, first in zip(self.names, values, self.values, strict=True):
+            if isinstance(first, TensorDescriptor):
+                assert (value.shape, value.strides) == (first.shape, first.strides)
+                assert value.base.data_ptr() % 16 == 0
+                now.append(value.base.data_ptr())
+            elif isinstance(first, torch.Tensor):
+                assert isinstance(value, int)
+                assert (value % 16 == 0) == (first.data_ptr() % 16 == 0), name
+                now.append(value)
+            else:
+                assert (type(value), value) == (type(first), first), name
+        self.log.append(("repeated", self.names[0], (x, y, z), self.specialisation, now))
+
+
+class Kernel:
+    def __init__(self, jit, log):
+        self.log = log
+        self.arg_names = jit.arg_names
+        self.bind = create_function_from_signature(jit.signature, jit.params, BACKEND)
+
+    def __getitem__(self, grid):
+        def run(*args, **meta):
+            bound, specialisation, _ = self.bind(*args, **meta)
+            values = list(bound.values())
+            assert list(bound) == self.arg_names
+            tensors = [v.base if isinstance(v, TensorDescriptor) else v for v in values]
+            addresses = [t.data_ptr() for t in tensors if isinstance(t, torch.Tensor)]
+            full = (*grid, 1, 1)[:3]
+            specialisation = str(specialisation)
+            self.log.append(("jit", self.arg_names[0], full, specialisation, addresses))
+            return Compiled(specialisation, self.arg_names, values, self.log)
+
+        return run
+
+
+@pytest.fixture
+def log(monkeypatch):
+    """Every launch: how it was made, the kernel's first argument's name, grid, Triton's specialisation, addresses."""
+    entries = []
+    for module in MODULES:
+        jits = {n: v for n, v in vars(module).items() if hasattr(v, "arg_names")}
+        for name, jit in jits.items():
+            monkeypatch.setattr(module, name, Kernel(jit, entries))
+    monkeypatch.setattr(cuda, "repeatable", lambda tensor: True)
+    monkeypatch.setattr(cuda, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda, "_PROGRAMS", launch.Programs())
+    driver = types.SimpleNamespace(get_current_stream=lambda device: 77)
+    monkeypatch.setattr(launch.triton.runtime.driver, "_active", driver)
+    return entries
+
+
+E, K, H, I = 8, 2, 256, 256
+
+
+def unaligned(tensor):
+    flat = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:]
+    assert flat.data_ptr() % 16
+    return flat.view(tensor.shape).copy_(tensor)
+
+
+def draw(T=3, dtype=torch.bfloat16, weights_dtype=None, ids=torch.int64, h=H, i=I):
+    return {
+        "hidden_states": torch.randn(T, h).to(dtype),
+        "topk_ids": torch.randint(E, (T, K), dtype=ids),
+        "topk_weights": torch.rand(T, K).to(weights_dtype or dtype),
+        "gate_up_proj": [torch.randn(E, 2 * i, h).to(dtype)],
+        "up_proj": [],
+        "down_proj": [torch.randn(E, h, i).to(dtype)],
+        "activation": "silu",
+        "out_dtype": dtype,
+    }
+
+
+def unstack(call):
+    lists = ("gate_up_proj", "up_proj", "down_proj")
+    return call | {n: [w.clone() for t in call[n] for w in t] for n in lists}
+
+
+def separate(call):
+    gate, up = call["gate_up_proj"][0].chunk(2, 1)
+    return call | {"gate_up_proj": [gate.contiguous()], "up_proj": [up.contiguous()]}
+
+
+def biased(call):
+    rows = {n: call[n][0].shape[:2] for n in ("gate_up_proj", "down_proj")}
+    return call | {
+        n.replace("proj", "bias"): [torch.randn(s).to(call["out_dtype"])] for n, s in rows.items()
+    }
+
+
+def transposed(call):
+    return call | {n: [call[n][0].mT.contiguous().mT] for n in ("gate_up_proj", "down_proj")}
+
+
+def wide(call):
+    """Rows of hidden_states further apart than H."""
+    x = call["hidden_states"]
+    return call | {"hidden_states": torch.cat([x, x], 1)[:, :H]}
+
+
+VARIANTS = {
+    "plain": lambda: draw(),
+    "one token": lambda: draw(T=1),
+    "T=2": lambda: draw(T=2),
+    "T=16": lambda: draw(T=16),
+    "T=100": lambda: draw(T=100),
+    "T=2000": lambda: draw(T=2000),
+    "H not a multiple of 16": lambda: draw(h=250),
+    "H=1": lambda: draw(h=1),
+    "I not a multiple of 16": lambda: draw(i=250),
+    "fp16": lambda: draw(dtype=torch.float16),
+    "fp32": lambda: draw(dtype=torch.float32),
+    "weights in fp32": lambda: draw(weights_dtype=torch.float32),
+    "ids in int32": lambda: draw(ids=torch.int32),
+    "out in fp32": lambda: draw() | {"out_dtype": torch.float32},
+    "activation": lambda: draw() | {"activation": "mul(gelu(g),u)"},
+    "biases": lambda: biased(draw()),
+    "interleaved": lambda: draw() | {"interleaved": True},
+    "weight on input": lambda: draw() | {"weight_on_input": True},
+    "separate": lambda: separate(draw()),
+    "transposed": lambda: transposed(draw()),
+    "list": lambda: unstack(draw()),
+    "list of 2000": lambda: unstack(draw(T=2000)),
+    "list, separate": lambda: unstack(separate(draw())),
+    "wide rows": lambda: wide(draw()),
+    **{
+        f"unaligned {name}": lambda name=name: draw() | {name: unaligned(draw()[name])}
+        for name in ("hidden_states", "topk_ids", "topk_weights")
+    },
+    **{
+        f"unaligned {name}": lambda name=name: draw() | {name: [unaligned(draw()[name][0])]}
+        for name in ("gate_up_proj", "down_proj")
+    },
+    "unaligned bias": lambda: (
+        biased(draw()) | {"down_bias": [unaligned(torch.randn(E, H).bfloat16())]}
+    ),
+    "unaligned list": lambda: (
+        (c := unstack(draw())) | {"down_proj": list(map(unaligned, c["down_proj"]))}
+    ),
+    "one unaligned": lambda: (
+        (c := unstack(draw()))
+        | {"down_proj": [*c["down_proj"][:-1], unaligned(c["down_proj"][-1])]}
+    ),
+}
+
+
+def kinds(entries):
+    return {kind for kind, *_ in entries}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_repeated_launches_are_the_jits(variant, log):
+    """The third call of a kind repeats: same kernels, grids, values, and the addresses of its own tensors."""
+    make = VARIANTS[variant]
+    for _ in range(2):
+        cuda.fused_experts(**make())
+    assert kinds(log) == {"jit"}
+    assert len(cuda._PROGRAMS) == 1
+    for _ in range(2):
+        call = make()
+        log.clear()
+        out = cuda.fused_experts(**call)
+        repeated = list(log)
+        assert kinds(repeated) == {"repeated"}
+        log.clear()
+        cuda._PROGRAMS._programs.clear()
+        cuda.fused_experts(**call)
+        assert [entry[1:4] for entry in repeated] == [entry[1:4] for entry in log]
+        tensors = [t for v in call.values() for t in (v if isinstance(v, list) else [v])]
+        known = {t.data_ptr() for t in tensors if isinstance(t, torch.Tensor)}
+        for (*_, now), (*_, fresh) in zip(repeated, log, strict=True):
+            assert len(now) == len(fresh)
+            assert [a for a in fresh if a in known] == [a for a in now if a in known]
+        assert out.data_ptr() in repeated[-1][-1]
+        cuda.fused_experts(**call)  # writes the program again, for the second round
+
+
+def test_every_specialisation_has_its_own_program(log):
+    """Programs of all variants exist side by side; the stubs fail where one ran for another's arguments."""
+    for _ in range(4):
+        for make in VARIANTS.values():
+            cuda.fused_experts(**make())
+    alike = 1  # "one unaligned" of a list is read as if all were
+    assert len(cuda._PROGRAMS) == len(VARIANTS) - alike
+    assert log[-1][0] == "repeated"
+
+
+def test_routing_is_repeated(log):
+    for T, dtype, k, columns in [(1, torch.bfloat16, 2, 8), (1, torch.float32, 2, 8), (1, torch.bfloat16, 3, 8),
+                                 (2, torch.bfloat16, 2, 8), (2, torch.bfloat16, 2, 16)]:  # fmt: skip
+        for expected in ("jit", "jit", "repeated"):
+            logits = torch.randn(T, columns).to(dtype)[:, :8]
+            log.clear()
+            weights, ids = cuda.topk_routing(logits, k, True, dtype)
+            ((kind, _, grid, _, addresses),) = log
+            assert (kind, grid) == (expected, (T, 1, 1))
+            assert addresses == [logits.data_ptr(), weights.data_ptr(), ids.data_ptr()]
+    assert len(cuda._PROGRAMS) == 5
+
+
+def test_a_moved_parameter_is_found(log):
+    call = draw()
+    for _ in range(3):
+        cuda.fused_experts(**call)
+    call["down_proj"][0].data = torch.randn(E, H, I).bfloat16()
+    log.clear()
+    cuda.fused_experts(**call)
+    assert kinds(log) == {"repeated"}
+    assert any(call["down_proj"][0].data_ptr() in entry[-1] for entry in log)
+    call["down_proj"][0].data = torch.randn(E, I, H).bfloat16().mT  # same shape, other strides
+    log.clear()
+    cuda.fused_experts(**call)
+    assert kinds(log) == {"jit"}
+
+
+def test_a_copied_input_is_not_repeated(log):
+    """hidden_states with strided columns are copied by an operator, which a program does not run."""
+    for _ in range(4):
+        call = draw()
+        call["hidden_states"] = call["hidden_states"].T.contiguous().T
+        cuda.fused_experts(**call)
+    assert kinds(log) == {"jit"}
+    assert len(cuda._PROGRAMS) == 0
+
+
+def test_a_result_that_no_kernel_writes_is_not_repeated(log):
+    for _ in range(4):
+        call = draw()
+        empty = call["topk_ids"][:, :0], call["topk_weights"][:, :0]
+        call |= {"topk_ids": empty[0], "topk_weights": empty[1]}
+        assert torch.equal(cuda.fused_experts(**call), torch.zeros(3, H).bfloat16())
+
+
+def test_scratch_of_a_program_is_one_piece(log):
+    for _ in range(3):
+        log.clear()
+        cuda.fused_experts(**draw(T=100))
+    by_kernel = [addresses for *_, addresses in log]
+    (_, sorted_ids, expert_ids, count), slot_outputs = by_kernel[0], by_kernel[-1][0]
+    pieces = sorted({sorted_ids, expert_ids, count, slot_outputs, by_kernel[2][0]})
+    assert len(pieces) == 5
+    assert all((b - a) % 256 == 0 for a, b in itertools.pairwise(pieces))
+
+
+def test_hooks_are_served(log, monkeypatch):
+    for _ in range(3):
+        cuda.fused_experts(**draw())
+    assert log[-1][0] == "repeated"
+    monkeypatch.setattr(launch, "_hooked", lambda: True)
+    log.clear()
+    cuda.fused_experts(**draw())
+    assert kinds(log) == {"jit"}
+
+
+def test_hooks_are_seen(monkeypatch):
+    assert not launch._hooked()
+    monkeypatch.setattr(launch.triton.knobs.runtime, "launch_exit_hook", print)
+    assert launch._hooked()
+
+
+def test_bounded(log, monkeypatch):
+    monkeypatch.setattr(cuda, "_PROGRAMS", launch.Programs(limit=4))
+    for T in (1, 2, 3, 4, 5, 6) * 3:
+        for _ in range(3):
+            cuda.fused_experts(**draw(T=T))
+            assert len(cuda._PROGRAMS._programs) <= 4
+
+
+def test_threads_do_not_mix(log):
+    """Recordings belong to a thread."""
+    errors = []
+
+    def work(T):
+        try:
+            for _ in range(20):
+                call = draw(T=T)
+                assert cuda.fused_experts(**call).shape == (T, H)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(T,)) for T in (1, 2, 3, 4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
