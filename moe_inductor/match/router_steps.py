@@ -89,12 +89,13 @@ class Corrected:
 
 @dataclasses.dataclass(frozen=True)
 class Limited:
-    """All but the ``kept`` best of ``count`` groups of experts are filled."""
+    """All but the ``kept`` best of ``count`` groups of experts are filled.  sorted: as the best are listed."""
 
     count: int
     kept: int
     score: Literal["max", "amax", "top2"]
     fill: float
+    sorted: bool
 
     def __call__(self, x: Tensor) -> Tensor:
         grouped = x.view(x.shape[0], self.count, x.shape[1] // self.count)
@@ -104,7 +105,7 @@ class Limited:
             rating = grouped.max(dim=-1).values
         else:
             rating = grouped.amax(dim=-1)
-        index = torch.topk(rating, k=self.kept, dim=-1, sorted=False)[1]
+        index = torch.topk(rating, k=self.kept, dim=-1, sorted=self.sorted)[1]
         mask = torch.zeros_like(rating).scatter(1, index, 1).unsqueeze(-1).expand_as(grouped)
         return x.masked_fill(~mask.reshape(x.shape).bool(), self.fill)
 
@@ -238,7 +239,8 @@ def _limited(node: fx.Node) -> tuple[Step, fx.Node] | None:
         score = "amax"
     elif rating.target is not aten.sum.dim_IntList:
         score = "max"
-    return Limited(value(rating).shape[-1], kept, score, fill), source  # type: ignore[arg-type, return-value]
+    ordered = bool(topk.args[4]) if len(topk.args) > 4 else True
+    return Limited(value(rating).shape[-1], kept, score, fill, ordered), source  # type: ignore[arg-type, return-value]
 
 
 def _above(node: Any, target: Any) -> fx.Node | None:
