@@ -25,7 +25,7 @@ SHAPES = (
     Shape("olmoe", 64, 8, 2048, 1024),
     Shape("scout", 16, 1, 5120, 8192),
 )
-TOKENS = (1, 8, 32, 128, 512, 2048, 8192)
+TOKENS = (1, 2, 4, 8, 32, 128, 512, 2048, 8192, 16384)
 
 # Ceilings of the H200 that the floor refers to: best weight read seen in any MoE kernel, cuBLAS bf16 8192^3.
 BYTES_PER_S = 4.57e12

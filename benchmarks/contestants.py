@@ -70,8 +70,57 @@ def hugging_face(shape: Shape, weights: Weights, implementation: str) -> Block:
     return torch.no_grad()(lambda one: forward(one.hidden_states, one.router_logits))
 
 
-def reference(shape: Shape, weights: Weights, one: Inputs, rows: torch.Tensor) -> torch.Tensor:
-    """fp64 result of some rows."""
+def triton_kernels(shape: Shape, weights: Weights) -> Block:
+    """The installed triton_kernels (of the 3.5 line: ``matmul_ogs``): its routing, its fused SwiGLU, its defaults.
+
+    It takes gate and up interleaved and computes ``silu(gate) * (up + 1)``: the same work on the same weights, and
+    ``reference`` knows of it.
+    """
+    import triton_kernels.swiglu
+    from triton_kernels.matmul_ogs import FnSpecs, FusedActivation, matmul_ogs
+    from triton_kernels.routing import routing
+
+    specs = FnSpecs("swiglu", triton_kernels.swiglu.swiglu_fn, ("alpha", "limit"))
+    activation = FusedActivation(specs, (1.0, None), 2)
+    gate_up, down = weights.gate_up.mT, weights.down.mT
+
+    def block(one: Inputs) -> torch.Tensor:
+        chosen, gather, scatter = routing(one.router_logits, shape.k)
+        h = matmul_ogs(
+            one.hidden_states,
+            gate_up,
+            None,
+            chosen,
+            gather_indx=gather,
+            fused_activation=activation,
+        )
+        return matmul_ogs(
+            h, down, None, chosen, scatter_indx=scatter, gammas=chosen.gate_scal
+        ).view(one.hidden_states.shape)
+
+    return block
+
+
+def vllm(shape: Shape, weights: Weights) -> Block:
+    """The installed vLLM's Triton experts behind its own top-k, with the tuned configurations that it ships."""
+    from vllm.model_executor.layers.fused_moe import fused_experts, fused_topk
+
+    def block(one: Inputs) -> torch.Tensor:
+        x = one.hidden_states
+        topk_weights, topk_ids, *_ = fused_topk(x, one.router_logits, shape.k, True)
+        return fused_experts(x, weights.gate_up, weights.down, topk_weights, topk_ids)
+
+    return block
+
+
+# Peers are measured where they are installed.
+PEERS = {"triton_kernels": triton_kernels, "vllm": vllm}
+
+
+def reference(
+    shape: Shape, weights: Weights, one: Inputs, rows: torch.Tensor, name: str = ""
+) -> torch.Tensor:
+    """fp64 result of some rows, by the formula that contestant ``name`` computes."""
     x = one.hidden_states[rows].double()
     probabilities = one.router_logits[rows].double().softmax(-1)
     topk_weights, topk_ids = probabilities.topk(shape.k, dim=-1)
@@ -79,7 +128,10 @@ def reference(shape: Shape, weights: Weights, one: Inputs, rows: torch.Tensor) -
     y = torch.zeros_like(x)
     for expert in topk_ids.unique().tolist():
         row, column = torch.where(topk_ids == expert)
-        gate, up = (x[row] @ weights.gate_up[expert].double().T).chunk(2, dim=-1)
+        both = x[row] @ weights.gate_up[expert].double().T
+        gate, up = both.chunk(2, dim=-1)
+        if name == "triton_kernels":
+            gate, up = both[:, ::2], both[:, 1::2] + 1
         h = torch.nn.functional.silu(gate) * up
         out = h @ weights.down[expert].double().T
         y.index_add_(0, row, out * topk_weights[row, column, None])

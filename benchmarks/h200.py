@@ -1,9 +1,11 @@
-"""``python -m benchmarks.h200``: us against Hugging Face grouped_mm under torch.compile and the eager loop.
+"""``python -m benchmarks.h200``: us against every installed peer, Hugging Face grouped_mm under torch.compile among
+them, and the eager loop.
 
 Per cell (shape, T), in one run: the output of 32 tokens is compared with fp64, then every contestant is timed.
-Ours and grouped_mm run in a CUDA graph over rotating inputs, each with its own skewed routing; the eager loop
-synchronises with the host, so it runs on a stream.  Results are written after every cell, to
-``benchmarks/results/h200.json`` or ``--out``; ``python -m benchmarks.tables`` makes docs/performance.md of them.
+All run in a CUDA graph over rotating inputs, each with its own skewed routing; only the eager loop synchronises with
+the host, so it runs on a stream.  Peers that are not installed are left out and named in the results.  Results are
+written after every cell, to ``benchmarks/results/h200.json`` or ``--out``; ``python -m benchmarks.tables`` makes
+docs/performance.md of them.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from .cells import (
     make_inputs,
     make_weights,
 )
-from .contestants import Block, hugging_face, ours, ours_per_expert, reference
+from .contestants import PEERS, Block, hugging_face, ours, ours_per_expert, reference
 from .timing import graph_us, stream_us
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -50,14 +52,21 @@ def check(
     rows = torch.linspace(0, T - 1, min(T, CHECKED_ROWS), device="cuda").round().long()
     wanted = reference(shape, weights, one, rows)
     outputs = {name: block(one)[rows] for name, block in blocks.items()}
-    errors = {f"rmse_{name}": rmse(out, wanted) for name, out in outputs.items()}
+    errors = {
+        f"rmse_{name}": rmse(
+            out, reference(shape, weights, one, rows, name) if name in PEERS else wanted
+        )
+        for name, out in outputs.items()
+    }
     errors["ratio_to_eager"] = errors["rmse_ours"] / errors["rmse_hf_eager"]
     row_error = (outputs["ours"].double() - wanted).square().mean(1).sqrt().max().item()
     errors["worst_row_to_eager"] = row_error / errors["rmse_hf_eager"]
     return errors
 
 
-def measure(shape: Shape, T: int, weights: Weights, blocks: dict[str, Block]) -> dict[str, Any]:
+def measure(
+    shape: Shape, T: int, weights: Weights, blocks: dict[str, Block], time_eager: bool = True
+) -> dict[str, Any]:
     inputs = make_inputs(shape, T)
     active = active_experts(shape, inputs)
     floor = floor_us(shape, T, active)
@@ -73,7 +82,8 @@ def measure(shape: Shape, T: int, weights: Weights, blocks: dict[str, Block]) ->
     cell["accepted"] = cell["rmse_ours"] <= accepted
     for name, block in blocks.items():
         if name == "hf_eager":
-            cell["us"][name] = stream_us(block, inputs, rounds=1)
+            if time_eager:
+                cell["us"][name] = stream_us(block, inputs, rounds=1)
         else:
             cell["us"][name] = graph_us(block, inputs)
     cell["roofline_fraction"] = floor / cell["us"]["ours"]
@@ -86,11 +96,13 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", default=[shape.name for shape in SHAPES])
     parser.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS))
     parser.add_argument(
-        "--only", nargs="*", help="contestants: ours ours_per_expert hf_compiled (hf_eager always)"
+        "--only",
+        nargs="*",
+        help="contestants to time: ours ours_per_expert hf_compiled hf_eager triton_kernels vllm",
     )
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    run = {**environment(), "cells": []}
+    run = {**environment(), **ceilings(), "missing": {}, "cells": []}
     started = time.monotonic()
     for shape in SHAPES:
         if shape.name not in arguments.shapes:
@@ -103,10 +115,15 @@ def main() -> None:
             "hf_compiled": hugging_face(shape, weights, "grouped_mm"),
             "hf_eager": hugging_face(shape, weights, "eager"),
         }
-        if arguments.only:
-            blocks = {n: b for n, b in blocks.items() if n in arguments.only or n == "hf_eager"}
+        for name, build in PEERS.items():
+            try:
+                blocks[name] = build(shape, weights)
+            except ImportError as error:
+                run["missing"][name] = str(error)
+        only = arguments.only or list(blocks)
+        blocks = {n: b for n, b in blocks.items() if n in only or n == "hf_eager"}
         for T in arguments.tokens:
-            cell = measure(shape, T, weights, blocks)
+            cell = measure(shape, T, weights, blocks, "hf_eager" in only)
             run["cells"].append(cell)
             run["seconds"] = round(time.monotonic() - started, 1)
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -120,6 +137,20 @@ def main() -> None:
             )
         del weights, blocks
         torch.cuda.empty_cache()
+
+
+def ceilings() -> dict[str, Any]:
+    """What this card reaches now: a pass over 2 GiB (bytes read plus bytes written), and cuBLAS bf16, 8192 cubed."""
+    source = torch.randn(2**29, device="cuda")
+    copy = graph_us(lambda target: torch.add(source, 1, out=target), [torch.empty_like(source)])
+    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
+    product = graph_us(lambda _: a @ b, [None])
+    return {
+        "ceilings": {
+            "copy_bytes_per_s": 2 * 4 * 2**29 / copy * 1e6,
+            "cublas_flop_per_s": 2 * 8192**3 / product * 1e6,
+        }
+    }
 
 
 def environment() -> dict[str, Any]:

@@ -6,11 +6,12 @@ Text between ``<!-- tables: begin -->`` and ``<!-- tables: end -->`` is generate
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import pathlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -33,84 +34,152 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
     return [line, rule, *("|".join(["", *row, ""]) for row in rows), ""]
 
 
-def cells_table(cells: list[dict[str, Any]]) -> list[str]:
-    header = [
-        "shape",
-        "T",
-        "active experts",
-        "ours",
-        "ours, weights as a list",
-        "HF grouped_mm compiled",
-        "HF eager loop",
-        "vs compiled",
-        "vs loop",
-        "of roofline",
-        "rmse vs eager's",
-    ]
+NAMES = {
+    "ours_per_expert": "ours, weights as a list",
+    "hf_compiled": "HF grouped_mm compiled",
+    "hf_eager": "HF eager loop",
+    "triton_kernels": "triton_kernels",
+    "vllm": "vLLM",
+}
+PEERS = ("hf_compiled", "triton_kernels", "vllm")
+
+
+def best_peer(cell: dict[str, Any]) -> str:
+    measured = {name: us for name, us in cell["us"].items() if name in PEERS}
+    return min(measured, key=measured.__getitem__)
+
+
+def over_best(cell: dict[str, Any]) -> float:
+    return cell["us"][best_peer(cell)] / cell["us"]["ours"]
+
+
+def over(name: str) -> Callable[[dict[str, Any]], float]:
+    return lambda cell: cell["us"][name] / cell["us"]["ours"]
+
+
+def cells_table(cells: list[dict[str, Any]], roofline: bool) -> list[str]:
+    present = [name for name in NAMES if name in cells[0]["us"]]
+    header = ["shape", "T", "active experts", "ours", *(NAMES[name] for name in present)]
+    header += ["best peer", "vs best", "vs loop", *(["of roofline"] if roofline else [])]
+    header += ["rmse vs eager's"]
     rows = []
     for cell in cells:
         us = cell["us"]
-        rows.append(
-            [
-                cell["shape"],
-                str(cell["T"]),
-                f"{cell['active_experts']:g}",
-                number(us["ours"]),
-                number(us["ours_per_expert"]),
-                number(us["hf_compiled"]),
-                number(us["hf_eager"]),
-                f"{us['hf_compiled'] / us['ours']:.2f}x",
-                f"{us['hf_eager'] / us['ours']:.1f}x",
-                f"{cell['roofline_fraction']:.2f}",
-                f"{cell['ratio_to_eager']:.2f}",
-            ]
-        )
+        row = [cell["shape"], str(cell["T"]), f"{cell['active_experts']:g}", number(us["ours"])]
+        row += [number(us[name]) for name in present]
+        row += [NAMES[best_peer(cell)], f"{over_best(cell):.2f}x", f"{over('hf_eager')(cell):.1f}x"]
+        row += [f"{cell['roofline_fraction']:.2f}"] if roofline else []
+        rows.append([*row, f"{cell['ratio_to_eager']:.2f}"])
     return table(header, rows)
 
 
-def summary_table(cells: list[dict[str, Any]]) -> list[str]:
+@dataclasses.dataclass(frozen=True)
+class Must:
+    """One line of the goals: a ratio over some cells, its least geometric mean and its least single value."""
+
+    what: str
+    tokens: tuple[int, int]  # first and last T
+    ratio: Callable[[dict[str, Any]], float]
+    mean: float | None = None
+    worst: float | None = None
+
+
+ALL = 1 << 30
+MUSTS = (
+    Must("best peer, T = 1", (1, 1), over_best, 1.20, 1.08),
+    Must("best peer, T = 2..8", (2, 8), over_best, 1.06, 1.0),
+    Must("best peer, T = 32", (32, 32), over_best, 1.02),
+    Must("best peer, T = 128", (128, 128), over_best, 1.05),
+    Must("best peer, T = 512", (512, 512), over_best, None, 1.0),
+    Must("best peer, T = 2048", (2048, 2048), over_best, 1.0),
+    Must("triton_kernels, T >= 8192", (8192, ALL), over("triton_kernels"), 0.97),
+    Must("vLLM, T >= 8192", (8192, ALL), over("vllm"), 1.25),
+    Must("HF grouped_mm compiled, T = 1", (1, 1), over("hf_compiled"), 2.3),
+    Must("HF grouped_mm compiled, T <= 2048", (1, 2048), over("hf_compiled"), 1.5),
+    Must("HF eager loop, T <= 512", (1, 512), over("hf_eager"), 15.0),
+    Must("stacked / list, T <= 512", (1, 512), lambda c: 1 / over("ours_per_expert")(c), 1 / 1.02),
+    Must("stacked / list, larger", (513, ALL), lambda c: 1 / over("ours_per_expert")(c), 1 / 1.06),
+)
+
+
+def musts_table(cells: list[dict[str, Any]]) -> list[str]:
+    rows = []
+    for must in MUSTS:
+        chosen = [c for c in cells if must.tokens[0] <= c["T"] <= must.tokens[1]]
+        ratios = {f"{c['shape']} T={c['T']}": must.ratio(c) for c in chosen}
+        if not ratios:
+            continue
+        mean, worst = geomean(ratios.values()), min(ratios, key=ratios.__getitem__)
+        met = mean >= (must.mean or 0) and ratios[worst] >= (must.worst or 0)
+        asked = [f"mean {must.mean:.2f}x"] if must.mean else []
+        asked += [f"each {must.worst:.2f}x"] if must.worst else []
+        row = [must.what, ", ".join(asked), f"{mean:.2f}x", f"{ratios[worst]:.2f}x ({worst})"]
+        rows.append([*row, str(len(ratios)), "yes" if met else "**no**"])
+    return table(["against", "must", "geometric mean", "worst", "cells", "met"], rows)
+
+
+def summary_table(cells: list[dict[str, Any]], roofline: bool) -> list[str]:
     def row(name: str, chosen: list[dict[str, Any]]) -> list[str]:
-        compiled = [c["us"]["hf_compiled"] / c["us"]["ours"] for c in chosen]
+        best = [over_best(c) for c in chosen]
         return [
             name,
-            f"{geomean(compiled):.2f}x",
-            f"{min(compiled):.2f}x",
-            f"{geomean(c['us']['hf_eager'] / c['us']['ours'] for c in chosen):.1f}x",
-            f"{geomean(c['roofline_fraction'] for c in chosen):.2f}",
-            f"{geomean(c['us']['ours_per_expert'] / c['us']['ours'] for c in chosen):.3f}",
+            f"{geomean(best):.2f}x",
+            f"{min(best):.2f}x",
+            f"{geomean(map(over('hf_compiled'), chosen)):.2f}x",
+            f"{geomean(map(over('hf_eager'), chosen)):.1f}x",
+            *([f"{geomean(c['roofline_fraction'] for c in chosen):.2f}"] if roofline else []),
+            f"{geomean(map(over('ours_per_expert'), chosen)):.3f}",
         ]
 
     rows = [row(str(T), [c for c in cells if c["T"] == T]) for T in sorted({c["T"] for c in cells})]
-    header = [
-        "T",
-        "vs HF compiled",
-        "worst shape",
-        "vs HF eager loop",
-        "of roofline",
-        "list / stacked time",
-    ]
+    header = ["T", "vs best peer", "worst shape", "vs HF compiled", "vs HF eager loop"]
+    header += [*(["of roofline"] if roofline else []), "list / stacked time"]
     return table(header, [*rows, row("all", cells)])
 
 
 def render(run: dict[str, Any]) -> list[str]:
     cells = run["cells"]
-    slower = [
-        f"{c['shape']} T={c['T']}" for c in cells if c["us"]["ours"] >= c["us"]["hf_compiled"]
-    ]
+    peers = [NAMES[name] for name in PEERS if name in cells[0]["us"]]
+    slower = [f"{c['shape']} T={c['T']} ({over_best(c):.2f}x)" for c in cells if over_best(c) < 1]
     rejected = [f"{c['shape']} T={c['T']}" for c in cells if not c["accepted"]]
-    return [
+    roofline = run["gpu"] == "NVIDIA H200"  # whose ceilings the floor is made of
+    lines = [
         f"{run['gpu']}, torch {run['torch']}, Triton {run['triton']}, transformers {run['transformers']},"
         f" {run['dtype']}, {run['date']}. `{run['command'].split(' --out')[0]}`",
         "",
-        f"{len(cells)} cells. Not faster than HF grouped_mm compiled: {', '.join(slower) or 'none'}."
-        f" Outside the accuracy rule: {', '.join(rejected) or 'none'}.",
+    ]
+    if "note" in run:
+        lines += [run["note"], ""]
+    if "ceilings" in run:
+        ceilings = run["ceilings"] if isinstance(run["ceilings"], list) else [run["ceilings"]]
+        lines += [
+            "Measured ceilings: "
+            + "; ".join(
+                f"{c['copy_bytes_per_s'] / 1e12:.2f} TB/s (copy), {c['cublas_flop_per_s'] / 1e12:.0f} TFLOP/s"
+                for c in ceilings
+            )
+            + ".",
+            "",
+        ]
+    lines += [
+        f"{len(cells)} cells; peers: {', '.join(peers)}. Slower than the best of them:"
+        f" {', '.join(slower) or 'nowhere'}. Outside the accuracy rule: {', '.join(rejected) or 'none'}.",
         "",
+    ]
+    if len(peers) > 1:
+        lines += [
+            "The goals, which are meant for an H200 (time of the other / time of ours):",
+            "",
+            *musts_table(cells),
+        ]
+    return [
+        *lines,
         "Geometric means over the shapes:",
         "",
-        *summary_table(cells),
+        *summary_table(cells, roofline),
         "us per block, router logits to output:",
         "",
-        *cells_table(cells),
+        *cells_table(cells, roofline),
     ]
 
 

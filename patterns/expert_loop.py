@@ -188,6 +188,17 @@ class ChoosesTwice(Loop):
         return Estimated.apply(topk_weights, bonus.to(topk_weights.dtype)), topk_ids
 
 
+class ComparesScores(Loop):
+    """phimoe in inference mode: a threshold without gradients, after the choice, that only the router reads."""
+
+    def route(self, logits):
+        with torch.no_grad():
+            best, topk_ids = torch.topk(logits, self.k, dim=-1)
+            far = (best[:, :1] - logits) / logits.abs().clamp(min=1.0) > 1.0
+        scores = F.softmax(logits.masked_fill(far, -8.0), dim=-1)
+        return scores.gather(-1, topk_ids), topk_ids
+
+
 class Estimated(torch.autograd.Function):
     """A router's own idea of its gradient."""
 
@@ -369,6 +380,43 @@ class NoGradExpert(Loop):
             return super().expert(e, rows)
 
 
+class NoGradWeights(Loop):
+    """The weights are viewed where gradients are off, and so have none."""
+
+    def experts(self, x, topk_ids, topk_weights):
+        out, mask = self.start(x), self.mask(topk_ids)
+        for e in range(NUM_EXPERTS):
+            slot, token = self.where(mask, e)
+            with torch.no_grad():
+                weights = topk_weights.reshape(-1).view(topk_ids.shape)
+            self.add(out, token, self.expert(e, x[token]) * weights[token, slot, None])
+        return out
+
+
+class NoGradScores(Scattered):
+    def experts(self, x, topk_ids, topk_weights):
+        scatter = torch.zeros(x.shape[0], NUM_EXPERTS, dtype=x.dtype)
+        with torch.no_grad():
+            scores = scatter.scatter(1, topk_ids, topk_weights)
+        out, mask = self.start(x), self.mask(topk_ids)
+        for e in range(NUM_EXPERTS):
+            _, token = self.where(mask, e)
+            self.add(out, token, self.expert(e, x[token]) * scores[token, e, None])
+        return out
+
+
+class NoGradLastExpert(Loop):
+    """The pass is the same code as the others, and its weights have no gradient."""
+
+    def linear(self, rows, weight, bias, e):
+        if e == NUM_EXPERTS - 1:
+            with torch.no_grad():
+                weight = weight.clone()
+        else:
+            weight = weight.clone()
+        return super().linear(rows, weight, bias, e)
+
+
 class Detached(Loop):
     def expert(self, e, rows):
         return super().expert(e, rows).detach()
@@ -456,6 +504,8 @@ EXPERT_LOOP = ExpertsSpelling(
         Sample(name="scattered", build=Scattered),
         Sample(name="sum_in_float", build=SumInFloat, dtypes=(torch.bfloat16,)),
         Sample(name="chooses_twice", build=ChoosesTwice, brief=True),
+        Sample(name="compares_scores", build=ComparesScores, brief=True),
+        Sample(name="no_grad_weights", build=NoGradWeights, brief=True),
         Sample(name="top_one", build=TopOne),
         Sample(name="auxiliary_loss", build=AuxiliaryLoss),
         *(Sample(name=name, build=block, brief=True) for name, block in _blocks.variants(Loop)),
@@ -484,6 +534,8 @@ EXPERT_LOOP = ExpertsSpelling(
         NearMiss(name="adds_a_constant", build=AddsBias, code="ACCUMULATOR"),
         NearMiss(name="index_add_alpha", build=AddsTwice, code="SPELLING"),
         NearMiss(name="no_grad_inside", build=NoGradExpert, code="GRAD_STATE"),
+        NearMiss(name="no_grad_scores", build=NoGradScores, code="GRAD_STATE"),
+        NearMiss(name="no_grad_last_expert", build=NoGradLastExpert, code="GRAD_STATE"),
         NearMiss(name="detached", build=Detached, code="SPELLING"),
         NearMiss(name="input_changed_in_loop", build=ChangesInput, code="MUTATION"),
         NearMiss(name="expert_output_escapes", build=HiddenEscapes, code="ESCAPES"),

@@ -25,7 +25,20 @@ from typing import Any, Protocol
 
 import torch
 
+from moe_inductor.region.pairs import PAIR_LINEAR
+
 Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+
+def linear_of_pairs(
+    rows: torch.Tensor, expert_ids: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """``rows [S, in]``, each through the ``weight [E, out, in]`` and ``bias [E, out]`` of its own expert: ``[S, out]``.
+
+    What all that is done to rows sorted by expert comes down to in the normal form (``region/pairs.py``).
+    """
+    out = PAIR_LINEAR(rows, expert_ids, weight.transpose(-2, -1))
+    return out if bias is None else out + bias[expert_ids]
 
 
 class Experts(Protocol):

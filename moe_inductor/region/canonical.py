@@ -39,7 +39,8 @@ from moe_inductor.region.nodes import (
     unbacked,
     value,
 )
-from moe_inductor.region.normalise import normalise
+from moe_inductor.region.normalise import Emitter, normalise
+from moe_inductor.region.pairs import restated
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,6 +70,7 @@ class Canonical:
     autocast, router_autocast: under what references are to be traced.  The casts of autocast are written out in
         ``graph``, so that what the proof finds equal is equal, whatever runs under which.
     folded: what stands for passes of a loop that were not traced (``region/fold.py``).
+    emitter: what built ``graph``, with what it found out about sizes that depend on data.
     """
 
     region: Region
@@ -81,11 +83,16 @@ class Canonical:
     router_autocast: Autocast | None
     router_refusal: Refusal | None
     grad_refusal: Refusal | None
-    folded: Folded | None = None
+    folded: Folded | None
+    emitter: Emitter
 
     @property
     def graph(self) -> fx.Graph:
         return self.module.graph
+
+    def held_in(self, dynamo: fx.Node | None) -> fx.Node | None:
+        """The normal-form node whose value the Dynamo node holds."""
+        return next((n for n, held in self.dynamo_of.items() if dynamo in held), None)
 
     def source_of(self, node: fx.Node | None) -> str:
         """The model's source line behind a normal-form node."""
@@ -107,7 +114,8 @@ def canonicalise(gm: fx.GraphModule, region: Region, folds: Fold | None = None) 
     states = _states(region)
     grad = _grad_modes(region, states)
     _no_foreign_mutation(region)
-    if not _one_autocast(region, states):
+    untraced = set(region.nodes).difference(folds.nodes if folds is not None else region.nodes)
+    if not _one_autocast(region, states) or untraced & grad.stopped:
         folds = None  # passes are compared without it
     fake_mode = _fake_mode(region)
     runner = _Runner(gm, region, folds, states, grad.stopped)
@@ -124,7 +132,8 @@ def canonicalise(gm: fx.GraphModule, region: Region, folds: Fold | None = None) 
             f"`{name}` could not be traced: {type(error).__name__}: {text[0] if text else ''}",
             where,
         ) from error
-    graph, env = normalise(traced.graph, keep_detach=grad.enabled)
+    out = Emitter(keep_detach=grad.enabled)
+    graph, env = normalise(traced.graph, out=out)
     dynamo_of: dict[fx.Node, list[fx.Node]] = {}
     holders = list(zip(region.inputs, _placeholders(traced.graph), strict=True))
     holders += list(zip(runner.wanted, _results(traced.graph), strict=True))
@@ -150,6 +159,7 @@ def canonicalise(gm: fx.GraphModule, region: Region, folds: Fold | None = None) 
         grad.router,
         grad.refusal,
         folded,
+        out,
     )
 
 
@@ -211,7 +221,7 @@ class _Runner(fx.Interpreter):
             # ATen nodes inherit the model's source line.
             with fx_traceback.set_current_meta(node), under(state.autocast):
                 constant = _constant(value(node))
-                made = self.run_node(node) if constant is None else constant
+                made = constant if constant is not None else restated(node, self.run_node(node))
                 if node in self.stopped:
                     made = map_aggregate(made, _without_gradient)
                 self.env[node] = made

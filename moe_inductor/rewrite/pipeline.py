@@ -139,7 +139,7 @@ def _prove_blocks(
         with _timed(report, "match"):
             proposed = next(proposals, None)
         if proposed is None:
-            return [], refused
+            return [], refused + canonical.emitter.refused
         proved: list[Bound] = []
         for bound in proposed:
             try:
