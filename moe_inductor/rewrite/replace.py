@@ -131,7 +131,7 @@ class Rewriter:
             )
         self._finish(anchor, outputs[0])
         with self.graph.inserting_after(anchor):
-            self._redirect(outputs, self._shaped(anchor, outputs[0]), replaced)
+            self._redirect(outputs, self._as_held(anchor, outputs[0]), replaced)
         erase_unneeded(self.canonical.region, keep)
         return anchor
 
@@ -156,7 +156,7 @@ class Rewriter:
         inputs = self.canonical.region.inputs
         return next((n for n in inputs if is_tensor(n) and same_sizes(value(n).shape, shape)), None)
 
-    def _shaped(self, result: fx.Node, holder: fx.Node) -> fx.Node:
+    def _as_held(self, result: fx.Node, holder: fx.Node) -> fx.Node:
         """``result [T, H]`` in the shape of ``holder``."""
         if same_sizes(value(result).shape, value(holder).shape):
             return result
