@@ -28,6 +28,7 @@ from moe_inductor.region.canonical import Canonical, Folded
 from moe_inductor.region.nodes import location, value
 
 # Casting GEMMs: their operands may differ in dtype in the model.
+_STACK = torch.ops.aten.stack.default
 _CASTING = ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
 
 
@@ -138,12 +139,18 @@ class _Attempt:
         return None
 
     def _stacked(self, projection: dict[str, Any]) -> Weight:
-        bias = projection.get("bias")
+        """Weights of all experts at once; a stack of E tensors is these tensors."""
+        found = [projection[name] for name in ("weight", "bias") if name in projection]
+        parts = [tuple(n.args[0]) if n.target is _STACK else (n,) for n in found]
+        is_stacked = {n.target is not _STACK for n in found}
+        if len(is_stacked) > 1:
+            raise Refusal(Code.LAYOUT, "stacked and separate weights are mixed", location(found[0]))
+        weight, *bias = parts
         return Weight(
-            (projection["weight"],),
-            is_stacked=True,
+            weight,
+            is_stacked=is_stacked.pop(),
             is_transposed=projection["is_transposed"],
-            bias=() if bias is None else (bias,),
+            bias=bias[0] if bias else (),
         )
 
     def _bound(self, iteration: Iteration, group: Group) -> Bound:

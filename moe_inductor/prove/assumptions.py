@@ -23,6 +23,7 @@ from torch import fx
 
 from moe_inductor.capture.assumptions import (
     Assumption,
+    Kept,
     Length,
     NonEmpty,
     Pass,
@@ -37,6 +38,7 @@ from moe_inductor.match.api import ChosenSpelling, HitListSpelling, combinations
 from moe_inductor.match.bind import Bound
 from moe_inductor.match.experts import ids_in_range
 from moe_inductor.prove.expressions import Numbering
+from moe_inductor.prove.skipped import prove_skipped
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.canonical import Canonical, trace
 from moe_inductor.region.find import Region
@@ -126,7 +128,13 @@ def prove_assumptions(
     Raises Refusal(ASSUMPTION) with the loop or test that does not.
     """
     concerning = assumed.concerning(canonical.region)
+    if not bound.spelling.loop:
+        tests = [(a, assumed.kept.get(a)) for a in concerning if isinstance(a, (Tested, NonEmpty))]
+        prove_skipped(canonical, bound, tests, [a for a in concerning if isinstance(a, Kept)])
+        assumed.proved.update(a for a in concerning if isinstance(a, (Tested, NonEmpty, Kept)))
     for assumption in concerning:
+        if assumption in assumed.proved:
+            continue
         if isinstance(assumption, Visited):
             _each_pass_adds_its_expert(assumption, bound)
             rows = assumed.kept[assumption]
@@ -187,7 +195,7 @@ def _lists_every_chosen_expert(
     hit_lists: Sequence[HitListSpelling],
 ) -> None:
     """``rows`` is a known function of ``topk_ids`` whose value is the sorted list of the ids that occur."""
-    rows = _held_in(canonical, listed)
+    rows = canonical.held_in(listed)
     for spelling in hit_lists:
         for facts in combinations(spelling.facts):
             if rows is not None and is_hit_list(
@@ -230,7 +238,7 @@ def _asks_whether_chosen(
     number = dict(zip(steps, ids, strict=False))
     effects = [node for one in test.passes for node in _effects(one, test)]
     experts = {number.get(node) for node in effects}
-    asked = _held_in(canonical, tested)
+    asked = canonical.held_in(tested)
     if len(steps) == len(ids) and len(experts) <= 1:
         (e,) = experts or {None}
         if not effects:
@@ -335,7 +343,7 @@ def _counts_no_other_ids(
     canonical: Canonical, length: Length, counts: fx.Node, bound: Bound
 ) -> None:
     """The counts are those of the block's ids, all of which are below the length."""
-    held = _held_in(canonical, counts)
+    held = canonical.held_in(counts)
     counted = None
     if held is not None and _unviewed(held).target is aten.bincount.default:
         counted = _unviewed(_unviewed(held).all_input_nodes[0])
@@ -376,11 +384,6 @@ def _switches_mode(node: fx.Node) -> bool:
     return name_of(node) in ("_set_grad_enabled", "_enter_autocast", "_exit_autocast")
 
 
-def _held_in(canonical: Canonical, dynamo: fx.Node) -> fx.Node | None:
-    """The normal-form node whose value the Dynamo node holds."""
-    return next((n for n, held in canonical.dynamo_of.items() if dynamo in held), None)
-
-
 def _indices(assumption: Assumption) -> list[fx.Node]:
     """The symbolic indices of a loop that was rolled; none of another assumption."""
     if isinstance(assumption, Rolled):
@@ -390,7 +393,7 @@ def _indices(assumption: Assumption) -> list[fx.Node]:
 
 def _index_in(canonical: Canonical, dynamo: fx.Node) -> fx.Node | None:
     """The normal form of a symbolic index: made of the same rows."""
-    rows = _held_in(canonical, dynamo.all_input_nodes[0])
+    rows = canonical.held_in(dynamo.all_input_nodes[0])
     made = [n for n in canonical.graph.nodes if n.target is EXPERT_INDEX and n.args[0] is rows]
     return made[0] if len(made) == 1 else None
 

@@ -24,7 +24,13 @@ class Projection:
     is_transposed: bool
 
     def whole(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return self._stored(self.weights[0]), self.biases[0] if self.biases else None
+        """One stack of all experts, however they are stored."""
+        weight, *biases = (
+            t[0] if self.is_stacked else torch.stack(list(t))
+            for t in (self.weights, self.biases)
+            if t
+        )
+        return self._stored(weight), biases[0] if biases else None
 
     def of(self, expert: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Expert by number, or by a symbolic index; then the first of E tensors is the one that was traced."""

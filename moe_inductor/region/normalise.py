@@ -20,7 +20,10 @@ from torch import fx
 
 from moe_inductor._compat import FakeTensor, OpOverload
 from moe_inductor.capture.rolled import EXPERT_INDEX
-from moe_inductor.region.nodes import is_integral, node_arg, unbacked, value
+from moe_inductor.reasons import Refusal
+from moe_inductor.region.counts import Numbers
+from moe_inductor.region.nodes import is_floating, is_integral, node_arg, unbacked, value
+from moe_inductor.region.pairs import Order, unsorted
 
 aten = torch.ops.aten
 
@@ -78,11 +81,19 @@ def rule(*targets: Any) -> Callable[[Rule], Rule]:
 
 
 class Emitter:
-    """Builds the normal form.  ``emit`` is the only way to make a node, so every node is interned."""
+    """Builds the normal form.  ``emit`` is the only way to make a node, so every node is interned.
+
+    numbers: what is known about sizes that depend on data.  pairs: what has been unsorted (``region/pairs.py``).
+    refused: why something that was sorted could not be.
+    """
 
     def __init__(self, *, keep_detach: bool) -> None:
         self.graph = fx.Graph()
         self.keep_detach = keep_detach
+        self.numbers = Numbers()
+        self.pairs: dict[fx.Node, Order] = {}
+        self.refused: list[Refusal] = []
+        self._scratch = fx.Graph()
         self._interned: dict[Any, fx.Node] = {}
         self._made: dict[Any, tuple[fx.Node, int]] = {}  # unbacked symbol -> where it was made
 
@@ -100,6 +111,18 @@ class Emitter:
             self._interned[key] = node
         self._note_symbols(node, val)
         return node
+
+    def apply(
+        self, target: Any, args: tuple, kwargs: dict, val: Any, origin: str | None = None
+    ) -> fx.Node:
+        """A further node, in normal form like those of the traced graph."""
+        raw = self._scratch.call_function(target, args, kwargs)
+        raw.meta.update(val=val, stack_trace=origin)
+        made = None
+        for rule in RULES.get(target, ()):
+            made = rule(self, raw, args, kwargs) if made is None else made
+        self._scratch.erase_node(raw)
+        return self.emit(target, args, kwargs, val, origin) if made is None else made
 
     def _note_symbols(self, node: fx.Node, val: Any) -> None:
         if isinstance(val, torch.Tensor):
@@ -140,13 +163,18 @@ class Emitter:
         return self.emit(aten.view.default, (base, self.sizes(val)), {}, val, origin)
 
     def permute(self, base: fx.Node, dims: list[int], val: Any, origin: str | None) -> fx.Node:
-        """permute(permute(x, p), q) = permute(x, p[q]);  permute(x, identity) = x"""
+        """permute(permute(x, p), q) = permute(x, p[q]);  permute(x, identity) = x
+        permute(x, p) = view(x, ..) where only dimensions of size 1 change their place"""
         if base.target is aten.permute.default:
             inner = base.args[1]
             dims = [inner[d] for d in dims]  # type: ignore[index]
             base = base.args[0]  # type: ignore[assignment]
         if dims == sorted(dims):
             return base
+        moved = [d for d in dims if not _is_one(value(base).shape[d])]
+        # The dimensions of a one-hot mask must be told apart even where tokens and choices are one.
+        if moved == sorted(moved) and not _is_mask(base):
+            return self.view(base, val, origin)
         return self.emit(aten.permute.default, (base, dims), {}, val, origin)
 
     def slice(
@@ -158,15 +186,34 @@ class Emitter:
         return self.emit(aten.slice.Tensor, (base, dim, start, end), {}, val, origin)
 
 
-def normalise(graph: fx.Graph, *, keep_detach: bool = True) -> tuple[fx.Graph, dict[fx.Node, Any]]:
+def normalise(
+    graph: fx.Graph, *, keep_detach: bool = True, out: Emitter | None = None
+) -> tuple[fx.Graph, dict[fx.Node, Any]]:
     """Returns the normal form of ``graph`` and, for each old node, what it became (a node, a size, or None).
 
     keep_detach: keep ``detach`` on floating-point tensors; it is a no-op only where no gradient can flow.
+    out: what to build it with, for a caller who wants to know what was found out on the way.
     """
-    out = Emitter(keep_detach=keep_detach)
+    out = out or Emitter(keep_detach=keep_detach)
     env: dict[fx.Node, Any] = {}
+    if not keep_detach or all(n.target is not aten.detach.default for n in graph.nodes):
+        for node in graph.nodes:
+            env[node] = _emit(out, node, env)
+        return out.graph, env
+    # No gradient flows through what is not floating point: it is made of values without any detach.
+    attached: dict[fx.Node, Any] = {}
     for node in graph.nodes:
-        env[node] = _emit(out, node, env)
+        if node.op != "output":
+            out.keep_detach = False
+            attached[node] = env[node] = _emit(out, node, attached)
+            out.keep_detach = True
+        if node.op == "output" or (node.op == "call_function" and is_floating(node)):
+            env[node] = _emit(out, node, env)
+    for node in reversed(out.graph.nodes):
+        if (
+            node.op == "call_function" and not node.users
+        ):  # nobody's value: it was tried without its detach
+            out.graph.erase_node(node)
     return out.graph, env
 
 
@@ -188,13 +235,32 @@ def _emit(out: Emitter, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
     if node.target in _ASSERTS or isinstance(found, (torch.SymBool, bool)):
         return None  # says that a size is in its bounds; the fused op has no such size
     if isinstance(found, (int, torch.SymInt)) and node.target is not EXPERT_INDEX:
+        if node.target is aten._local_scalar_dense.default:
+            out.numbers.note_item(found, env[node_arg(node, 0)])
         return out.size(found)
     args, kwargs = _uniform(node, lambda a: env[a])
+    made = None
     for apply in RULES.get(node.target, ()):
-        result = apply(out, node, args, kwargs)
-        if result is not None:
-            return result
-    return out.emit(node.target, args, kwargs, found, node.meta.get("stack_trace"))
+        made = apply(out, node, args, kwargs)
+        if made is not None:
+            break
+    else:
+        made = out.emit(node.target, args, kwargs, found, node.meta.get("stack_trace"))
+    if not isinstance(made, fx.Node):
+        return made
+    if made.target in (aten.slice.Tensor, aten.slice_scatter.default):
+        _note_bounds(out, node, made)
+    return unsorted(out, made) or made
+
+
+def _note_bounds(out: Emitter, node: fx.Node, made: fx.Node) -> None:
+    """Rows from one number that depends on data to another."""
+    after = 1 if node.target is aten.slice.Tensor else 2
+    given = list(node.args[after:])
+    dim, start, end, step = given + [0, None, None, 1][len(given) :]
+    start, end = (value(n) if isinstance(n, fx.Node) else n for n in (start, end))
+    if step == 1 and dim == 0 and (unbacked(start) or unbacked(end)):
+        out.numbers.note_slice(made, 0 if start is None else start, end)
 
 
 # -- rules -------------------------------------------------------------------------------------------------------------
@@ -254,6 +320,12 @@ def _transpose(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         a, b = (0, 1) if node.target is aten.t.default else (args[1] % rank, args[2] % rank)
         dims[a], dims[b] = dims[b], dims[a]
     return out.permute(args[0], dims, value(node), node.meta.get("stack_trace"))
+
+
+@rule(aten.cat.default)
+def _cat(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """cat([x]) = x"""
+    return args[0][0] if len(args[0]) == 1 else None
 
 
 @rule(aten.expand.default)
@@ -334,7 +406,7 @@ def _select(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 
 
 def _row(out: Emitter, base: fx.Node, dim: int, index: Any, made: Any, origin: str | None) -> Any:
-    """select(nonzero(x) [n, 1], 1, 0) = view(nonzero(x), [n])
+    """select(x [.., 1, ..], d, 0) = view(x, ..) for what is computed; a weight's experts are selected, be there one
     select(view(x, s), d, i) = view(select(x, d, i), ..) where the view keeps the dimensions up to d"""
     if base.target is aten.view.default:
         inner = node_arg(base, 0)
@@ -342,7 +414,8 @@ def _row(out: Emitter, base: fx.Node, dim: int, index: Any, made: Any, origin: s
         if len(leading) > dim and out.same_sizes(value(base).shape[: dim + 1], leading):
             narrow = _row(out, inner, dim, index, value(inner).select(dim, 0), origin)
             return out.view(narrow, made, origin)
-    if base.target is aten.nonzero.default and _is_one(value(base).shape[dim]):
+    computed = base.op == "call_function" and base.target is not aten.permute.default
+    if computed and _is_one(value(base).shape[dim]):
         return out.view(base, made, origin)
     row = _one_hot_row(out, base, dim, index, made, origin)
     if row is not None:
@@ -440,6 +513,54 @@ def _index(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     )
 
 
+@rule(aten.index_select.default)
+def _index_select(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """index_select(x, 0, i) = index(x, [i])"""
+    base, dim, index = args
+    if dim != 0 or value(index).dim() != 1:
+        return None
+    made, origin = value(node), node.meta.get("stack_trace")
+    return out.apply(aten.index.Tensor, (base, [index]), {}, made, origin)
+
+
+@rule(aten.gather.default)
+def _gather(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """gather(x [.., n], 0, i [m, 1] in each of n columns) = index(x, [i])"""
+    base, dim, index = args[:3]
+    rows = _repeated(index, value(base)) if dim == 0 and len(args) == 3 else None
+    if rows is None:
+        return None
+    made, origin = value(node), node.meta.get("stack_trace")
+    return out.apply(aten.index.Tensor, (base, [rows]), {}, made, origin)
+
+
+@rule(aten.scatter_add.default, aten.scatter.src)
+def _scatter(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """scatter_add(x [.., n], 0, i [m, 1] in each of n columns, y [m, n]) = index_add(x, 0, i, y)
+    scatter(x, 0, i, y) = index_put(x, [i], y)"""
+    base, dim, index, source = args
+    rows = _repeated(index, value(base)) if dim == 0 else None
+    if rows is None or not out.same_shape(value(index), value(source)):
+        return None
+    made, origin = value(node), node.meta.get("stack_trace")
+    if node.target is aten.scatter_add.default:
+        return out.emit(aten.index_add.default, (base, 0, rows, source), {}, made, origin)
+    return out.emit(aten.index_put.default, (base, [rows], source), {}, made, origin)
+
+
+def _repeated(index: fx.Node, base: torch.Tensor) -> fx.Node | None:
+    """i, where index [m, n] is i [m] in each of the n columns that base has."""
+    made = value(index)
+    if index.target not in (aten.expand.default, aten.repeat.default) or made.dim() != 2:
+        return None
+    column = node_arg(index, 0)
+    shape = value(column).shape
+    narrow = len(shape) == 2 and _is_one(shape[1]) and str(shape[0]) == str(made.shape[0])
+    if not narrow or str(made.shape[1]) != str(base.shape[-1]) or base.dim() != 2:
+        return None
+    return node_arg(column, 0) if column.target is aten.view.default else None
+
+
 @rule(aten.addmm.default)
 def _bias(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     """addmm(bias, x, w) = add(mm(x, w), bias)"""
@@ -454,6 +575,7 @@ def _bias(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 @rule(*_PROMOTING)
 def _promote(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     """a * b = cast(a, dtype of the result) * b, and so for +, - and /, where a has another floating dtype
+    a * view(b [n], [1, n]) = a * b where a has the result's shape
     a * b = b * a, a + b = b + a: the operand that has the result's shape comes first, then an activation, then
     what is not gathered"""
     if kwargs or len(args) != 2:
@@ -461,7 +583,10 @@ def _promote(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     if not all(isinstance(a, fx.Node) and isinstance(value(a), torch.Tensor) for a in args):
         return None
     made, origin = value(node), node.meta.get("stack_trace")
-    a, b = (_promoted(out, n, made, origin) for n in args)
+    a, b = (_row_of_ones(out, n, made) for n in args)
+    if not any(out.same_shape(value(n), made) for n in (a, b)):
+        a, b = args
+    a, b = (_promoted(out, n, made, origin) for n in (a, b))
     rank_a, rank_b = (
         (
             not out.same_shape(value(n), made),
@@ -475,6 +600,21 @@ def _promote(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     return out.emit(node.target, (a, b), {}, made, origin)
 
 
+def _row_of_ones(out: Emitter, node: fx.Node, made: torch.Tensor) -> fx.Node:
+    """A vector [n] viewed as [1, .., n]: broadcasting does the same."""
+    if node.target is not aten.view.default or value(node).dim() > made.dim():
+        return node
+    base = node_arg(node, 0)
+    ones, last = value(node).shape[:-1], value(node).shape[-1:]
+    if (
+        value(base).dim() == 1
+        and all(map(_is_one, ones))
+        and out.same_sizes(value(base).shape, last)
+    ):
+        return base
+    return node
+
+
 def _promoted(out: Emitter, node: fx.Node, made: torch.Tensor, origin: str | None) -> fx.Node:
     found = value(node)
     if (
@@ -485,6 +625,11 @@ def _promoted(out: Emitter, node: fx.Node, made: torch.Tensor, origin: str | Non
         return node
     val = torch.empty_like(found, dtype=made.dtype)
     return out.emit(aten._to_copy.default, (node,), {"dtype": made.dtype}, val, origin)
+
+
+def _is_mask(node: fx.Node) -> bool:
+    source = node_arg(node, 0) if node.target is aten._to_copy.default else node
+    return value(source).dtype == torch.bool
 
 
 def _is_one(size: Any) -> bool:
