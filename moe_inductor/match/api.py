@@ -5,7 +5,7 @@ it.  Everything that does not belong to the spelling (activation, gate and up la
 cast noise) is left to the ``experts`` argument and to the normal form, so that it never has to be written twice.
 
     def reference(x, topk_ids, topk_weights, experts, **facts) -> Tensor        # ExpertsSpelling
-    def reference(router_logits, k, **facts) -> (topk_weights, topk_ids)        # RouterSpelling
+    def reference(scores, choice, k, **facts) -> (weights, topk_ids)            # RouterSpelling
     def reference(topk_ids, num_classes, **facts) -> rows                       # HitListSpelling
     def reference(topk_ids, e, **facts) -> Tensor []                            # ChosenSpelling
 
@@ -21,7 +21,7 @@ import itertools
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -109,16 +109,19 @@ class ExpertsSpelling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RouterSpelling:
-    """One way to write a router that ``moe_inductor::topk_routing`` computes.
+    """One way to choose k experts and to look up what they weigh.
 
-    facts must contain "renormalise"; score names the function over all logits.
+    reference(scores [T, E], choice [T, E], k, **facts) -> (weights [T, k], topk_ids [T, k]): ``choice`` is compared,
+    the weights are those of ``scores``, or of ``choice`` where the spelling looks at nothing else.  Functions of the
+    logits, biases, groups, renormalisation, scale and casts belong to no spelling (``match/router_steps.py``).
+    unordered(facts): the order of the k experts is left open.
     """
 
     name: str
     source: str
     reference: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    score: Literal["softmax"] = "softmax"
     facts: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+    unordered: Callable[[Mapping[str, Any]], bool] = lambda facts: False
     samples: tuple[Sample, ...] = ()
     near_misses: tuple[NearMiss, ...] = ()
 

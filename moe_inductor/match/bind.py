@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import fx
 
-from moe_inductor.description import MoE
+from moe_inductor.description import MoE, Router
 from moe_inductor.match.api import ExpertsSpelling, RouterSpelling
+from moe_inductor.match.router_steps import Step
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.nodes import location, value
 
@@ -28,11 +29,25 @@ class Weight:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BoundRouter:
-    """A proposed router: ``topk_weights, topk_ids = topk_routing(logits)``."""
+    """A proposed router, ``topk_weights, topk_ids = topk_routing(logits, .., bias)``, as it was read.
+
+    logits [T, E] -> scoring -> choosing -> what the top-k of the spelling compares; its k weights -> finish.
+    weighing: from the logits to what weights are taken from, None where the spelling takes them from the choice.
+    """
 
     spelling: RouterSpelling
     facts: dict[str, Any]
+    router: Router
     logits: fx.Node
+    bias: fx.Node | None
+    scoring: tuple[Step, ...]
+    weighing: tuple[Step, ...] | None
+    choosing: tuple[Step, ...]
+    finish: tuple[Step, ...]
+
+    def inputs(self) -> list[fx.Node]:
+        """The tensors that a fused router reads."""
+        return [self.logits] if self.bias is None else [self.logits, self.bias]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

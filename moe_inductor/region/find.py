@@ -64,6 +64,7 @@ _CONSTRUCTORS = frozenset(
         "new_full", "ones", "ones_like", "new_ones",
     }
 )  # fmt: skip
+_LIKE_ANOTHER = frozenset({"type_as", "view_as", "expand_as", "reshape_as"})
 # A router between its logits and its top-k has a handful of nodes; a longer walk left the router.
 _ROUTER_LIMIT = 64
 
@@ -351,6 +352,8 @@ class _Reach:
         inputs = node.all_input_nodes
         if any(unbacked(value(a)) for a in inputs) or has_unbacked(node):
             return True
+        if name_of(node) in _LIKE_ANOTHER:
+            inputs = inputs[:1]  # of the other only its dtype or its shape
         if not any(map(self._inside, inputs)) or name_of(node) in _GEMMS:
             return False
         if not all(self._inside(target) or _is_fresh(target) for target in mutated(node)):

@@ -22,7 +22,7 @@ from moe_inductor._compat import FakeTensor, OpOverload
 from moe_inductor.capture.rolled import EXPERT_INDEX
 from moe_inductor.reasons import Refusal
 from moe_inductor.region.counts import Numbers
-from moe_inductor.region.nodes import is_integral, node_arg, unbacked, value
+from moe_inductor.region.nodes import is_floating, is_integral, node_arg, unbacked, value
 from moe_inductor.region.pairs import Order, unsorted
 
 aten = torch.ops.aten
@@ -163,13 +163,18 @@ class Emitter:
         return self.emit(aten.view.default, (base, self.sizes(val)), {}, val, origin)
 
     def permute(self, base: fx.Node, dims: list[int], val: Any, origin: str | None) -> fx.Node:
-        """permute(permute(x, p), q) = permute(x, p[q]);  permute(x, identity) = x"""
+        """permute(permute(x, p), q) = permute(x, p[q]);  permute(x, identity) = x
+        permute(x, p) = view(x, ..) where only dimensions of size 1 change their place"""
         if base.target is aten.permute.default:
             inner = base.args[1]
             dims = [inner[d] for d in dims]  # type: ignore[index]
             base = base.args[0]  # type: ignore[assignment]
         if dims == sorted(dims):
             return base
+        moved = [d for d in dims if not _is_one(value(base).shape[d])]
+        # The dimensions of a one-hot mask must be told apart even where tokens and choices are one.
+        if moved == sorted(moved) and not _is_mask(base):
+            return self.view(base, val, origin)
         return self.emit(aten.permute.default, (base, dims), {}, val, origin)
 
     def slice(
@@ -191,8 +196,24 @@ def normalise(
     """
     out = out or Emitter(keep_detach=keep_detach)
     env: dict[fx.Node, Any] = {}
+    if not keep_detach or all(n.target is not aten.detach.default for n in graph.nodes):
+        for node in graph.nodes:
+            env[node] = _emit(out, node, env)
+        return out.graph, env
+    # No gradient flows through what is not floating point: it is made of values without any detach.
+    attached: dict[fx.Node, Any] = {}
     for node in graph.nodes:
-        env[node] = _emit(out, node, env)
+        if node.op != "output":
+            out.keep_detach = False
+            attached[node] = env[node] = _emit(out, node, attached)
+            out.keep_detach = True
+        if node.op == "output" or (node.op == "call_function" and is_floating(node)):
+            env[node] = _emit(out, node, env)
+    for node in reversed(out.graph.nodes):
+        if (
+            node.op == "call_function" and not node.users
+        ):  # nobody's value: it was tried without its detach
+            out.graph.erase_node(node)
     return out.graph, env
 
 
@@ -301,6 +322,12 @@ def _transpose(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     return out.permute(args[0], dims, value(node), node.meta.get("stack_trace"))
 
 
+@rule(aten.cat.default)
+def _cat(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """cat([x]) = x"""
+    return args[0][0] if len(args[0]) == 1 else None
+
+
 @rule(aten.expand.default)
 def _expand(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     """expand(x, shape of x) = x; sizes are spelled out, never -1"""
@@ -379,7 +406,7 @@ def _select(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 
 
 def _row(out: Emitter, base: fx.Node, dim: int, index: Any, made: Any, origin: str | None) -> Any:
-    """select(nonzero(x) [n, 1], 1, 0) = view(nonzero(x), [n])
+    """select(x [.., 1, ..], d, 0) = view(x, ..) for what is computed; a weight's experts are selected, be there one
     select(view(x, s), d, i) = view(select(x, d, i), ..) where the view keeps the dimensions up to d"""
     if base.target is aten.view.default:
         inner = node_arg(base, 0)
@@ -387,7 +414,8 @@ def _row(out: Emitter, base: fx.Node, dim: int, index: Any, made: Any, origin: s
         if len(leading) > dim and out.same_sizes(value(base).shape[: dim + 1], leading):
             narrow = _row(out, inner, dim, index, value(inner).select(dim, 0), origin)
             return out.view(narrow, made, origin)
-    if base.target is aten.nonzero.default and _is_one(value(base).shape[dim]):
+    computed = base.op == "call_function" and base.target is not aten.permute.default
+    if computed and _is_one(value(base).shape[dim]):
         return out.view(base, made, origin)
     row = _one_hot_row(out, base, dim, index, made, origin)
     if row is not None:
@@ -547,6 +575,7 @@ def _bias(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 @rule(*_PROMOTING)
 def _promote(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     """a * b = cast(a, dtype of the result) * b, and so for +, - and /, where a has another floating dtype
+    a * view(b [n], [1, n]) = a * b where a has the result's shape
     a * b = b * a, a + b = b + a: the operand that has the result's shape comes first, then an activation, then
     what is not gathered"""
     if kwargs or len(args) != 2:
@@ -554,7 +583,10 @@ def _promote(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     if not all(isinstance(a, fx.Node) and isinstance(value(a), torch.Tensor) for a in args):
         return None
     made, origin = value(node), node.meta.get("stack_trace")
-    a, b = (_promoted(out, n, made, origin) for n in args)
+    a, b = (_row_of_ones(out, n, made) for n in args)
+    if not any(out.same_shape(value(n), made) for n in (a, b)):
+        a, b = args
+    a, b = (_promoted(out, n, made, origin) for n in (a, b))
     rank_a, rank_b = (
         (
             not out.same_shape(value(n), made),
@@ -568,6 +600,21 @@ def _promote(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     return out.emit(node.target, (a, b), {}, made, origin)
 
 
+def _row_of_ones(out: Emitter, node: fx.Node, made: torch.Tensor) -> fx.Node:
+    """A vector [n] viewed as [1, .., n]: broadcasting does the same."""
+    if node.target is not aten.view.default or value(node).dim() > made.dim():
+        return node
+    base = node_arg(node, 0)
+    ones, last = value(node).shape[:-1], value(node).shape[-1:]
+    if (
+        value(base).dim() == 1
+        and all(map(_is_one, ones))
+        and out.same_sizes(value(base).shape, last)
+    ):
+        return base
+    return node
+
+
 def _promoted(out: Emitter, node: fx.Node, made: torch.Tensor, origin: str | None) -> fx.Node:
     found = value(node)
     if (
@@ -578,6 +625,11 @@ def _promoted(out: Emitter, node: fx.Node, made: torch.Tensor, origin: str | Non
         return node
     val = torch.empty_like(found, dtype=made.dtype)
     return out.emit(aten._to_copy.default, (node,), {"dtype": made.dtype}, val, origin)
+
+
+def _is_mask(node: fx.Node) -> bool:
+    source = node_arg(node, 0) if node.target is aten._to_copy.default else node
+    return value(source).dtype == torch.bool
 
 
 def _is_one(size: Any) -> bool:

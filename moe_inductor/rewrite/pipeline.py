@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 from torch import fx
 
 from moe_inductor.debug.report import BlockReport, CompileReport
-from moe_inductor.description import MoE, Router
+from moe_inductor.description import MoE
 from moe_inductor.match.api import (
     ChosenSpelling,
     ExpertsSpelling,
@@ -178,13 +178,7 @@ def _fuse_router(
         except Refusal as refusal:
             refused.append(refusal)
         else:
-            described = Router(
-                score=router.spelling.score,
-                k=bound.moe.top_k,
-                renormalise=bool(router.facts["renormalise"]),
-                weights_dtype=value(bound.topk_weights).dtype,
-            )
-            return dataclasses.replace(bound.moe, router=described), None
+            return dataclasses.replace(bound.moe, router=router.router), None
     return bound.moe, _furthest(refused).reason
 
 

@@ -16,16 +16,28 @@ import torch
 from torch import fx
 
 from moe_inductor import _compat, ops  # noqa: F401  (registers the ops)
+from moe_inductor.description import Router
 from moe_inductor.match.bind import Bound, BoundRouter, Weight
+from moe_inductor.ops.check import Routing
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.canonical import Canonical
-from moe_inductor.region.nodes import is_floating, location, mutated, storages, value
+from moe_inductor.region.nodes import (
+    is_floating,
+    location,
+    mutated,
+    name_of,
+    storages,
+    value,
+)
 from moe_inductor.rewrite.liveness import erase_unneeded, needed
 
 _EXPERTS = torch.ops.moe_inductor.fused_experts.default
 _ROUTING = torch.ops.moe_inductor.topk_routing.default
 _compat.call_directly(_EXPERTS, "moe_inductor.ops.cuda.fused_experts", "cuda")
 _compat.call_directly(_ROUTING, "moe_inductor.ops.cuda.topk_routing", "cuda")
+# What may stand between a router and fused experts: each element stays what and where it is.
+_ELEMENT_BY_ELEMENT = frozenset({"reshape", "view", "flatten", "contiguous", "to", "type", "float"})
+_ROUTING_DEFAULTS = Routing._field_defaults
 
 
 @dataclasses.dataclass(eq=False)
@@ -206,39 +218,74 @@ class Rewriter:
         """Replace topk_weights and topk_ids by one call of ``topk_routing``.  Raises Refusal(ROUTER, MUTATION)."""
         held = {0: self.holders(bound.topk_weights), 1: self.holders(bound.topk_ids)}
         start = min(self.order[h] for hs in held.values() for h in hs)
-        logits = self._readable(router.logits, start - 1)
-        rules = {i: self._takes_over(hs, self.order[logits]) for i, hs in held.items()}
+        operands = [self._readable(n, start - 1) for n in router.inputs()]
+        rules = {
+            i: self._takes_over(hs, max(map(self.order.__getitem__, operands)))
+            for i, hs in held.items()
+        }
         replaced = lambda reader, node: any(rule(reader, node) for rule in rules.values())  # noqa: E731
         keep = needed(self.canonical.region, replaced)
-        self._keep_operands(keep, [logits])
+        self._keep_operands(keep, operands)
         root = self.canonical.region.root
         if root in keep:
             raise Refusal(Code.ROUTER, "the top-k is also read in another form", location(root))
-        # Where the model's own router starts, so that grad mode is the one that the router runs under.
-        before = next(
-            n
-            for n in self.canonical.region.nodes
-            if is_floating(n) and self.order[n] > self.order[logits]
-        )
-        with self.graph.inserting_before(before):
-            matrix = self._matrix(logits, bound.moe.experts.num_experts)
-            call = self.graph.call_function(
-                _ROUTING,
-                (
-                    matrix,
-                    bound.moe.top_k,
-                    bool(router.facts["renormalise"]),
-                    value(bound.topk_weights).dtype,
-                ),
-            )
-            self._finish(call, logits)
-            outputs = [self.graph.call_function(operator.getitem, (call, i)) for i in range(2)]
-            for i, new in enumerate(outputs):
-                self._finish(new, held[i][0] if held[i] else call)
+        if router.spelling.unordered(router.facts):
+            self._order_is_not_read(held, rules, keep)
+        with self.graph.inserting_before(self._router_starts(operands, start)):
+            matrix = self._matrix(operands[0], bound.moe.experts.num_experts)
+            call = self.graph.call_function(_ROUTING, *_arguments(router.router, matrix, operands))
+            self._finish(call, operands[0])
+            parts = [self.graph.call_function(operator.getitem, (call, i)) for i in range(2)]
+            for i, part in enumerate(parts):
+                self._finish(part, held[i][0] if held[i] else call)
+            outputs = [self._shaped(part, held[i]) for i, part in enumerate(parts)]
         for i, new in enumerate(outputs):
             self._redirect(held[i], new, rules[i])
         erase_unneeded(self.canonical.region, keep)
         return call
+
+    def _router_starts(self, operands: list[fx.Node], start: int) -> fx.Node:
+        """Where the router of the model starts, under the grad mode that its weights are computed under."""
+        after = max(map(self.order.__getitem__, operands))
+        for node in self.canonical.region.nodes:
+            if (
+                is_floating(node)
+                and after < self.order[node] <= start
+                and self.canonical.grad_modes[node] is self.canonical.grad_enabled
+            ):
+                return node
+        raise Refusal(
+            Code.GRAD_STATE, "the router mixes grad modes", location(self.canonical.region.root)
+        )
+
+    def _order_is_not_read(
+        self, held: dict[int, list[fx.Node]], rules: dict[int, Any], keep: set[fx.Node]
+    ) -> None:
+        """A top-k that need not sort leaves the order of the k experts open, and ours is another one.  The sum over
+        them does not have any: the fused experts, through views and casts, may be the only ones who read it."""
+        gone = set(self.canonical.region.nodes) - keep
+        todo = [r for i, hs in held.items() for h in hs for r in h.users if rules[i](r, h)]
+        while todo:
+            reader = todo.pop()
+            if reader in gone or reader.target is _EXPERTS:
+                continue
+            if name_of(reader) not in _ELEMENT_BY_ELEMENT:
+                raise Refusal(
+                    Code.ROUTER,
+                    "the order of the k experts, which the top-k leaves open, is read outside the experts",
+                    location(reader) or self.canonical.region.location,
+                )
+            todo += reader.users
+
+    def _shaped(self, node: fx.Node, holders: list[fx.Node]) -> fx.Node:
+        """``node`` [T, k] as the model holds it: top-1 may have one dimension only."""
+        if not holders or value(holders[0]).dim() == 2:
+            return node
+        if value(holders[0]).dim() != 1:
+            raise Refusal(Code.ROUTER, "the tokens have two dimensions", location(holders[0]))
+        new = self.graph.call_method("reshape", (node, (-1,)))
+        self._finish(new, holders[0])
+        return new
 
     def _finish(self, node: fx.Node, like: fx.Node) -> None:
         """Value and source line of a new node, as Dynamo would have recorded them."""
@@ -251,3 +298,31 @@ class Rewriter:
         node.meta["example_value"] = made
         if "stack_trace" in like.meta:
             node.meta["stack_trace"] = like.meta["stack_trace"]
+
+
+def _arguments(
+    router: Router, logits: fx.Node, operands: list[fx.Node]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Of ``topk_routing``; what is the default is not said, for each argument costs time in the dispatcher."""
+    facts: dict[str, Any] = {
+        "score": router.score,
+        "weight": router.weight,
+        "epsilon": router.epsilon,
+        "minimum": router.minimum,
+        "scale": router.scale,
+        "score_dtype": router.score_dtype,
+    }
+    if router.groups is not None:
+        groups = router.groups
+        facts |= {
+            "groups": groups.count,
+            "kept_groups": groups.kept,
+            "group_score": groups.score,
+            "fill": groups.fill,
+            "fill_weights": groups.fill_weights,
+        }
+    defaults = {**_ROUTING_DEFAULTS, "score_dtype": torch.float32}
+    facts = {name: fact for name, fact in facts.items() if fact != defaults[name]}
+    if router.bias:
+        facts["bias"] = operands[1]
+    return (logits, router.k, router.renormalise, router.weights_dtype), facts

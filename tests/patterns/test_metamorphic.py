@@ -1,0 +1,208 @@
+"""What changes nothing must not matter: noise at every edge of a block, names, order of statements, extra dimensions.
+
+One sample of every way to write experts is wrapped; the block is still fused, described by the same words, and gives
+what eager gives.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+
+from moe_inductor.match.api import ExpertsSpelling, HitListSpelling, discover
+from moe_inductor.region.nodes import mutated, storages
+from moe_inductor.rewrite import pipeline
+
+SAMPLES = [
+    pytest.param(s.samples[0], id=f"{s.name}-{s.samples[0].name}")
+    for s in discover()
+    if isinstance(s, (ExpertsSpelling, HitListSpelling)) and s.samples
+]
+T = 12
+
+# tensor -> the same tensor
+NOISE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "reshape": lambda t: t.reshape(-1).view(t.shape).unsqueeze(0).squeeze(0),
+    "new_axis": lambda t: t[None, ..., None][0, ..., 0],
+    "transpose": lambda t: t.t().t(),
+    "clone": lambda t: t.contiguous().clone(),
+    "cast": lambda t: t.to(t.dtype).type_as(t),
+    "slice": lambda t: t[:, : t.shape[-1]][0:],
+    "chunk": lambda t: torch.cat(t.chunk(1, dim=-1)),
+    "expand": lambda t: t.expand_as(t).expand(-1, -1),
+    "dropout": lambda t: nn.functional.dropout(t, 0.0, training=False),
+    "permute": lambda t: t.unflatten(-1, (1, -1)).permute(1, 0, 2).squeeze(0),
+}
+EDGES = ("input", "logits", "weights", "ids", "rows", "gate_up", "hidden", "sum", "output")
+
+
+def noisy(module: nn.Module, noise: dict[str, Callable[[torch.Tensor], torch.Tensor]]) -> nn.Module:
+    """``module`` with ``noise[edge]`` at each edge that it has a method for."""
+    plain: Any = type(module)
+
+    class Noisy(plain):
+        def forward(self, x):
+            made = super().forward(noise["input"](x))
+            if isinstance(made, tuple):
+                return (noise["output"](made[0]), *made[1:])
+            return noise["output"](made)
+
+        def route(self, logits):
+            weights, ids = super().route(noise["logits"](logits))
+            return noise["weights"](weights), noise["ids"](ids)
+
+        def experts(self, x, topk_ids, topk_weights):
+            return noise["sum"](super().experts(noise["rows"](x), topk_ids, topk_weights))
+
+        def act(self, gate_up):
+            return noise["hidden"](super().act(noise["gate_up"](gate_up)))
+
+    module.__class__ = Noisy
+    return module
+
+
+class Deep(nn.Module):
+    """Hidden states [batch, length, H] around a block that takes [T, H]."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        states = x.view(3, -1, x.shape[-1])
+        made = self.block(states.reshape(-1, states.shape[-1]))
+        first = made[0] if isinstance(made, tuple) else made
+        made_deep = first.reshape(states.shape).flatten(0, 1)
+        return (made_deep, *made[1:]) if isinstance(made, tuple) else made_deep
+
+
+def renamed(graph: fx.Graph) -> None:
+    """Every node with a name that says nothing."""
+    for i, node in enumerate(graph.nodes):
+        if node.op.startswith("call"):
+            node._rename(f"n{i:04}")
+
+
+def reordered(graph: fx.Graph) -> None:
+    """Another order in which every value is made before it is read and written in the same turn as before."""
+    rng = random.Random(0)
+    nodes = list(graph.nodes)
+    before: dict[fx.Node, set[fx.Node]] = {}
+    touched: dict[int, list[tuple[fx.Node, bool]]] = {}
+    for node in nodes:
+        writes = {s for target in mutated(node) for s in storages(target)}
+        reads = {s for a in node.all_input_nodes for s in storages(a)} | storages(node)
+        before[node] = set(node.all_input_nodes)
+        for storage in reads | writes:
+            for other, wrote in touched.get(storage, ()):
+                if wrote or storage in writes:
+                    before[node].add(other)
+            touched.setdefault(storage, []).append((node, storage in writes))
+    fixed = [n for n in nodes if n.op in ("placeholder", "get_attr")]
+    for node, later in itertools.pairwise(fixed):
+        before[later].add(node)
+    rest = [n for n in nodes if n not in fixed and n.op != "output"]
+    # What has no value is there for what it does: switches of modes, assertions.
+    barriers = [n for n in rest if not n.users and not mutated(n)]
+    for barrier in barriers:
+        at = nodes.index(barrier)
+        before[barrier] |= set(nodes[:at])
+        for node in nodes[at + 1 :]:
+            before[node].add(barrier)
+    done, left, order = set(fixed), list(rest), []
+    while left:
+        ready = [n for n in left if before[n] <= done]
+        node = rng.choice(ready)
+        left.remove(node)
+        done.add(node)
+        order.append(node)
+    (output,) = (n for n in nodes if n.op == "output")
+    for node in order:
+        output.prepend(node)
+    assert order != rest, "nothing was moved"
+    graph.lint()
+
+
+def _build(sample):
+    torch.manual_seed(1)
+    dtype = sample.dtypes[0]
+    module = sample.build().to(dtype)
+    return module, torch.randn(T, 32, dtype=dtype)
+
+
+def _run(module, x, rewritten):
+    compiled = rewritten(module)
+    with torch.no_grad():
+        made = compiled(x)
+    (block,) = compiled.blocks
+    assert block.fused, block.why_not()
+    return made, block
+
+
+# What the samples are without any noise: sample -> (spelling, description).
+PLAIN: dict[int, tuple[str, Any]] = {}
+
+
+def _check(sample, change, rewritten):
+    module, x = _build(sample)
+    with torch.no_grad():
+        eager = module(x)
+    if id(sample) not in PLAIN:
+        _, plain = _run(module, x, rewritten)
+        PLAIN[id(sample)] = (plain.spelling, plain.moe)
+    ours, block = _run(change(module), x, rewritten)
+    assert (block.spelling, block.moe) == PLAIN[id(sample)]
+    tolerance = 1e-5 if x.dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(ours, eager, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("shift", range(len(NOISE)), ids=list(NOISE))
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_noise_at_every_edge(sample, shift, rewritten):
+    """Each edge has another kind of noise, and over all shifts each kind stands at each edge."""
+    kinds = list(NOISE.values())
+    noise = {edge: kinds[(i + shift) % len(kinds)] for i, edge in enumerate(EDGES)}
+    _check(sample, lambda module: noisy(module, noise), rewritten)
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_hidden_states_of_three_dimensions(sample, rewritten):
+    _check(sample, Deep, rewritten)
+
+
+@pytest.mark.parametrize("change", [renamed, reordered])
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_names_and_order(sample, change, rewritten, monkeypatch):
+    fuse = pipeline.fuse_moe_blocks
+
+    def changed(gm, *args, **kwargs):
+        change(gm.graph)
+        gm.recompile()
+        return fuse(gm, *args, **kwargs)
+
+    def install(module):
+        monkeypatch.setattr(pipeline, "fuse_moe_blocks", changed)
+        return module
+
+    _check(sample, install, rewritten)
+
+
+@pytest.mark.parametrize("edge", [e for e in EDGES if e != "ids"])
+def test_what_is_no_noise_counts(edge, rewritten):
+    """The wrapper works: a factor at any edge is in the result, fused or not."""
+    sample = next(s.samples[0] for s in discover() if s.name == "hf_batched_mm")
+    module, x = _build(sample)
+    noise = dict.fromkeys(EDGES, NOISE["clone"]) | {edge: lambda t: t * 1.5}
+    with torch.no_grad():
+        plain = module(x)
+        module = noisy(module, noise)
+        eager = module(x)
+        ours = rewritten(module)(x)
+    torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(eager, plain)
