@@ -28,6 +28,8 @@ class Watching(WithoutInductor):
 class Compiled:
     """Starts from a clean slate: what was compiled before is forgotten."""
 
+    __signature__: Any  # for who asks what the module's forward takes
+
     def __init__(self, module: Any, inner: str = "eager") -> None:
         torch._dynamo.reset()
         counters.clear()

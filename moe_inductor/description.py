@@ -14,22 +14,47 @@ from typing import Literal
 import torch
 
 Storage = Literal["stacked", "per_expert"]
+Score = Literal["softmax", "sigmoid", "sqrtsoftplus", "logits"]
+Weighing = Score | Literal["softmax_of_chosen"]
 Layout = Literal["plain", "concatenated", "interleaved", "separate"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Groups:
+    """Experts ``0..E-1`` in ``count`` groups of equal size, of which a token may choose from ``kept``.
+
+    score: those with the largest maximum, or with the largest sum of their two largest.
+    fill: what is compared for experts of the others; with fill_weights they also weigh that, which is 0.
+    """
+
+    count: int
+    kept: int
+    score: Literal["max", "top2"]
+    fill: float
+    fill_weights: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Router:
     """``router_logits [T, E] -> topk_weights [T, k], topk_ids [T, k]``.
 
-    score: applied over all E logits before the top-k, computed in fp32.
-    renormalise: divide the k selected scores by their sum.
-    weights_dtype: dtype of ``topk_weights``.
+    score: function of all E logits that the choice is made by.  bias: ``[E]``, added for the choice alone.
+    weight: function of the logits that the weights of the chosen are; "softmax_of_chosen" is over these k.
+    renormalise: divide the k weights by their sum, plus ``epsilon``, at least ``minimum``.  scale: of the result.
+    score_dtype: dtype that the model holds the scores in, hence compares.  weights_dtype: of ``topk_weights``.
     """
 
-    score: Literal["softmax"]
+    score: Score
     k: int
     renormalise: bool
     weights_dtype: torch.dtype
+    weight: Weighing = "softmax"
+    bias: bool = False
+    groups: Groups | None = None
+    epsilon: float = 0.0
+    minimum: float | None = None
+    scale: float = 1.0
+    score_dtype: torch.dtype = torch.float32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

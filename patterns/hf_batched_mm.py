@@ -5,7 +5,7 @@ Every token-expert pair gathers its own weight matrices, and both projections ar
 
 import torch
 from moe_inductor.patterns import _blocks
-from moe_inductor.patterns._blocks import HIDDEN, NUM_EXPERTS, TOP_K
+from moe_inductor.patterns._blocks import HIDDEN, NUM_EXPERTS
 
 from moe_inductor.match.api import ExpertsSpelling, NearMiss, Sample
 
@@ -42,7 +42,7 @@ class Batched(_blocks.Block):
     """As transformers writes it."""
 
     def rows(self, x):
-        return x.repeat_interleave(TOP_K, dim=0)
+        return x.repeat_interleave(self.k, dim=0)
 
     def linear(self, operand, weight, expert_ids, bias=None):
         if self.transposed:
@@ -55,7 +55,7 @@ class Batched(_blocks.Block):
 
     def combine(self, y, weights):
         weighted = y if weights is None else y * weights.unsqueeze(-1)
-        return weighted.view(-1, TOP_K, HIDDEN).sum(dim=1)
+        return weighted.view(-1, self.k, HIDDEN).sum(dim=1)
 
     def experts(self, x, topk_ids, topk_weights):
         expert_ids, weights = topk_ids.reshape(-1), topk_weights.reshape(-1)
@@ -72,7 +72,7 @@ class Gathered(Batched):
 
     def rows(self, x):
         token_ids = (
-            torch.arange(x.size(0), device=x.device).unsqueeze(1).expand(-1, TOP_K).reshape(-1)
+            torch.arange(x.size(0), device=x.device).unsqueeze(1).expand(-1, self.k).reshape(-1)
         )
         return x[token_ids]
 
@@ -130,7 +130,7 @@ class BiasNotWeighted(Biased):
         first = self.linear(self.rows(x), self.gate_up_proj, expert_ids, self.gate_up_bias)
         y = self.linear(self.act(first), self.down_proj, expert_ids)
         y = y * topk_weights.reshape(-1, 1) + self.down_bias[expert_ids]
-        return y.view(-1, TOP_K, HIDDEN).sum(dim=1)
+        return y.view(-1, self.k, HIDDEN).sum(dim=1)
 
 
 class DoubleBias(Biased):
@@ -160,7 +160,7 @@ class Tiled(Batched):
     """Tokens repeated as a whole instead of one by one: every second pair has another token's state."""
 
     def rows(self, x):
-        return x.repeat(TOP_K, 1)
+        return x.repeat(self.k, 1)
 
 
 class OtherIdsForDown(Batched):
@@ -173,12 +173,12 @@ class OtherIdsForDown(Batched):
 
 class MeanOverExperts(Batched):
     def combine(self, y, weights):
-        return (y * weights.unsqueeze(-1)).view(-1, TOP_K, HIDDEN).mean(dim=1)
+        return (y * weights.unsqueeze(-1)).view(-1, self.k, HIDDEN).mean(dim=1)
 
 
 class Unweighted(Batched):
     def combine(self, y, weights):
-        return y.view(-1, TOP_K, HIDDEN).sum(dim=1)
+        return y.view(-1, self.k, HIDDEN).sum(dim=1)
 
 
 class HiddenReturned(Batched):

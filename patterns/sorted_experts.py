@@ -523,6 +523,20 @@ class OneLate(Written):
         return out
 
 
+class OneEarly(Written):
+    """The third expert is given as many rows as it has, from one row before its own on."""
+
+    def linear(self, rows, weight, bias, counts):
+        out = torch.zeros(rows.shape[0], weight.shape[-1], dtype=rows.dtype, device=rows.device)
+        zero = torch.zeros(1, dtype=torch.long, device=rows.device)
+        ends = torch.cat((zero, torch.cumsum(counts, dim=0)))
+        for e in range(NUM_EXPERTS):
+            start, end = ends[e], ends[e + 1]
+            read = rows[start - 1 : end - 1] if e == 2 else rows[start:end]
+            out[start:end] = torch.matmul(read, weight[e])
+        return out
+
+
 class Overlap(Written):
     """The second expert is given the first's rows as well, and writes all of them."""
 
@@ -646,6 +660,7 @@ SORTED_EXPERTS = ExpertsSpelling(
         NearMiss(name="put_back_by_other", build=PutBackByOther, code="SPELLING"),
         NearMiss(name="shifted", build=Shifted, code="SPELLING"),
         NearMiss(name="one_late", build=OneLate, code="PROOF"),
+        NearMiss(name="one_early", build=OneEarly, code="PROOF"),
         NearMiss(name="overlap", build=Overlap, code="PROOF"),
         NearMiss(name="written_twice", build=WrittenTwice, code="EXPERT_TWICE"),
         NearMiss(name="reads_elsewhere", build=ReadsElsewhere, code="ACTIVATION"),

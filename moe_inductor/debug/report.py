@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from moe_inductor.description import MoE
+from moe_inductor.description import MoE, Router
 from moe_inductor.reasons import Reason
 
 # Reasons named in the one-line summary; the full list is in the report.
@@ -128,11 +128,26 @@ def _router(block: BlockReport) -> str:
     if moe.router is None or not block.router_fused:
         reason = f": {_one_line(str(block.router_reason))}" if block.router_reason else ""
         return f"top-{moe.top_k}, left as the model wrote it{reason}"
-    renormalise = "renormalised" if moe.router.renormalise else "not renormalised"
-    return (
-        f"{moe.router.score}, top-{moe.router.k}, {renormalise}, "
-        f"{_name(moe.router.weights_dtype)} weights, fused"
+    return ", ".join(
+        [*_router_facts(moe.router), f"{_name(moe.router.weights_dtype)} weights", "fused"]
     )
+
+
+def _router_facts(router: Router) -> list[str]:
+    weighed = (
+        "" if router.weight == router.score else f" for the choice, {router.weight} for the weights"
+    )
+    facts = [router.score + weighed, "bias for the choice" if router.bias else ""]
+    if groups := router.groups:
+        facts.append(
+            f"{groups.kept} of {groups.count} groups by {groups.score}, others {groups.fill}"
+        )
+    facts.append(f"top-{router.k}")
+    divided = f" + {router.epsilon:g}" if router.epsilon else ""
+    divided += f" >= {router.minimum:g}" if router.minimum is not None else ""
+    facts.append("renormalised" + divided if router.renormalise else "not renormalised")
+    facts.append(f"times {router.scale:g}" if router.scale != 1 else "")
+    return list(filter(None, facts))
 
 
 def _experts(moe: MoE) -> str:

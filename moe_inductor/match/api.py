@@ -5,7 +5,7 @@ it.  Everything that does not belong to the spelling (activation, gate and up la
 cast noise) is left to the ``experts`` argument and to the normal form, so that it never has to be written twice.
 
     def reference(x, topk_ids, topk_weights, experts, **facts) -> Tensor        # ExpertsSpelling
-    def reference(router_logits, k, **facts) -> (topk_weights, topk_ids)        # RouterSpelling
+    def reference(scores, choice, k, **facts) -> (weights, topk_ids)            # RouterSpelling
     def reference(topk_ids, num_classes, **facts) -> rows                       # HitListSpelling
     def reference(topk_ids, e, **facts) -> Tensor []                            # ChosenSpelling
 
@@ -21,7 +21,7 @@ import itertools
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -44,8 +44,9 @@ def linear_of_pairs(
 class Experts(Protocol):
     """The expert MLPs, as a reference sees them.
 
-    ``experts(rows, linear)`` applies all experts to ``rows [S, H]`` sorted or paired by the spelling; ``linear(rows,
-    weight [E, out, in], bias [E, out] or None) -> [S, out]`` is the spelling's way to apply a stack of weights.
+    ``experts(rows, linear)`` applies all experts to ``rows [S, H]`` sorted or paired by the spelling, or to ``[E, T,
+    H]``; ``linear(rows, weight [E, out, in], bias [E, out] or None) -> [.., out]`` is the spelling's way to apply a
+    stack of weights.
     ``for e, expert in experts`` visits them one by one; ``expert(rows [n, H]) -> [n, H]``.
     """
 
@@ -94,6 +95,8 @@ class ExpertsSpelling:
     loop: the reference visits experts one by one; its iteration is the pattern.
     ids_in_range: a fact under which the reference means something else than the fused op for ids outside ``[0, E)``,
         which the op ignores, or for an id twice in a row; with it, only ids of a top-k over E scores are matched.
+    dense: the reference computes every expert for every token.  The ids are of a top-k over E scores in any case, and
+        with the weight on the input the experts must give zero for zero: no biases, and a unit with unit(0, 0) = 0.
     """
 
     name: str
@@ -103,22 +106,26 @@ class ExpertsSpelling:
     facts: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
     loop: bool = False
     ids_in_range: str | None = None
+    dense: bool = False
     samples: tuple[Sample, ...] = ()
     near_misses: tuple[NearMiss, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RouterSpelling:
-    """One way to write a router that ``moe_inductor::topk_routing`` computes.
+    """One way to choose k experts and to look up what they weigh.
 
-    facts must contain "renormalise"; score names the function over all logits.
+    reference(scores [T, E], choice [T, E], k, **facts) -> (weights [T, k], topk_ids [T, k]): ``choice`` is compared,
+    the weights are those of ``scores``, or of ``choice`` where the spelling looks at nothing else.  Functions of the
+    logits, biases, groups, renormalisation, scale and casts belong to no spelling (``match/router_steps.py``).
+    unordered(facts): the order of the k experts is left open.
     """
 
     name: str
     source: str
     reference: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    score: Literal["softmax"] = "softmax"
     facts: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+    unordered: Callable[[Mapping[str, Any]], bool] = lambda facts: False
     samples: tuple[Sample, ...] = ()
     near_misses: tuple[NearMiss, ...] = ()
 

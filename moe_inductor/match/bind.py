@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import fx
 
-from moe_inductor.description import MoE
+from moe_inductor.description import MoE, Router
 from moe_inductor.match.api import ExpertsSpelling, RouterSpelling
+from moe_inductor.match.router_steps import Step
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.nodes import location, value
 
@@ -28,11 +29,25 @@ class Weight:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BoundRouter:
-    """A proposed router: ``topk_weights, topk_ids = topk_routing(logits)``."""
+    """A proposed router, ``topk_weights, topk_ids = topk_routing(logits, .., bias)``, as it was read.
+
+    logits [T, E] -> scoring -> choosing -> what the top-k of the spelling compares; its k weights -> finish.
+    weighing: from the logits to what weights are taken from, None where the spelling takes them from the choice.
+    """
 
     spelling: RouterSpelling
     facts: dict[str, Any]
+    router: Router
     logits: fx.Node
+    bias: fx.Node | None
+    scoring: tuple[Step, ...]
+    weighing: tuple[Step, ...] | None
+    choosing: tuple[Step, ...]
+    finish: tuple[Step, ...]
+
+    def inputs(self) -> list[fx.Node]:
+        """The tensors that a fused router reads."""
+        return [self.logits] if self.bias is None else [self.logits, self.bias]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,6 +55,7 @@ class Bound:
     """A proposed block.  Nothing here is proved yet.
 
     output [T, H]; x [.., H], topk_ids and topk_weights with T*k elements, each up to a reshape.
+    topk_weights: None where every chosen expert counts with weight 1.
     visited: expert ids in the order a loop adds them up; range(E) for the other spellings.
     traced: the experts of the passes that the graph holds, as in ``match.loop.Group``.
     """
@@ -50,7 +66,7 @@ class Bound:
     output: fx.Node
     x: fx.Node
     topk_ids: fx.Node
-    topk_weights: fx.Node
+    topk_weights: fx.Node | None
     gate_up: Weight
     up: Weight | None
     down: Weight
@@ -70,7 +86,10 @@ class Bound:
     def inputs(self) -> list[fx.Node]:
         """The tensors a fused block reads, in the order that ``prove.reference_of`` takes them."""
         weights = [n for w in self.projections if w is not None for n in (*w.nodes, *w.bias)]
-        return [self.x, self.topk_ids, self.topk_weights, *weights]
+        routing = (
+            [self.topk_ids] if self.topk_weights is None else [self.topk_ids, self.topk_weights]
+        )
+        return [self.x, *routing, *weights]
 
 
 def check_experts(moe: MoE, gate_up: Weight, up: Weight | None, down: Weight) -> None:

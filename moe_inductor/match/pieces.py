@@ -47,7 +47,7 @@ _MARK = torch.ops.moe_inductor_match.mark.default
 
 @torch.library.register_fake("moe_inductor_match::hole", lib=_LIBRARY)
 def _hole(gate_up: torch.Tensor) -> torch.Tensor:
-    return gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2))
+    return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
 
 
 @torch.library.register_fake("moe_inductor_match::mark", lib=_LIBRARY)
@@ -219,21 +219,22 @@ def _start_of_sum(root: fx.Node, mark: fx.Node) -> fx.Node:
 
 @functools.lru_cache(maxsize=1024)
 def _router_piece(reference: Callable, facts: tuple, shapes: Shapes) -> tuple[PatternExpr, Any]:
-    def run(router_logits):
-        return reference(router_logits, shapes.top_k, **dict(facts))[0]
+    def run(scores, choice):
+        return reference(scores, choice, shapes.top_k, **dict(facts))[0]
 
     with _fakes() as fake_mode:
         with fake_mode:
             size = (shapes.num_tokens, shapes.num_experts)
-            args = [torch.empty(size, dtype=shapes.x_dtype, device=shapes.device)]
+            args = [torch.empty(size, dtype=shapes.x_dtype, device=shapes.device) for _ in range(2)]
         graph, _ = normalise(trace(run, args, fake_mode, shapes.autocast).graph)
-    (holder,) = (n for n in graph.nodes if n.op == "placeholder")
+    scores, choice = (n for n in graph.nodes if n.op == "placeholder")
     (output,) = (n for n in graph.nodes if n.op == "output")
-    return _pattern(output.args[0], {holder: "router_logits"}), output.args[0].target
+    root = unviewed(output.args[0])
+    return _pattern(root, {scores: "scores", choice: "choice"}), root.target
 
 
 def router_piece(spelling: RouterSpelling, facts: tuple, shapes: Shapes) -> tuple[PatternExpr, Any]:
-    """Pattern of ``topk_weights`` down to ``router_logits``, and the op at its root."""
+    """Pattern of the weights that the spelling looks up, down to ``choice`` and ``scores``, and the op at its root."""
     return _router_piece(spelling.reference, facts, shapes)
 
 

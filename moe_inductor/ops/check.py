@@ -18,6 +18,8 @@ from moe_inductor.unit import Unit, parse
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ID_DTYPES = (torch.int64, torch.int32)
+# Functions of all E logits that a choice or a weight is made of; each grows with its logit.
+SCORES = ("softmax", "sigmoid", "sqrtsoftplus", "logits")
 
 
 class Call(NamedTuple):
@@ -52,6 +54,36 @@ class Call(NamedTuple):
             "up_bias": self.up_bias,
             "down_bias": self.down_bias,
         }
+
+
+class Routing(NamedTuple):
+    """One call of ``topk_routing``: its arguments in the order of the schema."""
+
+    router_logits: Tensor
+    k: int
+    renormalise: bool
+    weights_dtype: torch.dtype
+    bias: Tensor | None = None
+    score: str = "softmax"
+    weight: str = "softmax"
+    epsilon: float = 0.0
+    minimum: float | None = None
+    scale: float = 1.0
+    groups: int = 1
+    kept_groups: int = 1
+    group_score: str = "max"
+    fill: float = 0.0
+    fill_weights: bool = False
+    score_dtype: torch.dtype | None = None
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return torch.float64 if self.router_logits.dtype == torch.float64 else torch.float32
+
+    @property
+    def compares_logits(self) -> bool:
+        """Without a bias and groups, the order of the scores is the order of the logits."""
+        return self.bias is None and self.groups == 1
 
 
 class Sizes(NamedTuple):
@@ -222,22 +254,51 @@ def check_expert(expert: int, name: str, weight: Tensor, wanted: tuple[int, ...]
         )
 
 
-def check_routing(router_logits: Tensor, k: int, weights_dtype: torch.dtype) -> None:
+def check_routing(call: Routing) -> None:
     """Arguments of ``topk_routing``.
 
     Raises:
-        ValueError: wrong rank, or k outside 1..E.
+        ValueError: wrong rank or bias, k outside 1..E, groups that do not divide E, an unknown score.
         TypeError: a dtype that the op does not take.
     """
+    router_logits, k = call.router_logits, call.k
     if router_logits.dim() != 2:
         raise ValueError(f"topk_routing: router_logits must be [T, E], got {_shape(router_logits)}")
-    if router_logits.dtype not in FLOAT_DTYPES or weights_dtype not in FLOAT_DTYPES:
-        raise TypeError(
-            "topk_routing: router_logits and weights_dtype must be fp16, bf16, fp32 or fp64, got "
-            f"{router_logits.dtype} and {weights_dtype}"
-        )
-    if not 1 <= k <= router_logits.shape[1]:
+    for dtype in (router_logits.dtype, call.weights_dtype, call.score_dtype or torch.float32):
+        if dtype not in FLOAT_DTYPES:
+            raise TypeError(
+                "topk_routing: router_logits, weights_dtype and score_dtype must be fp16, bf16, fp32 or fp64, got "
+                f"{router_logits.dtype}, {call.weights_dtype} and {call.score_dtype}"
+            )
+    experts = router_logits.shape[1]
+    if not 1 <= k <= experts:
         raise ValueError(
-            f"topk_routing: k must be in 1..{router_logits.shape[1]}, got {k}, "
+            f"topk_routing: k must be in 1..{experts}, got {k}, "
             f"with router_logits {_shape(router_logits)}"
         )
+    if call.score not in SCORES or call.weight not in (*SCORES, "softmax_of_chosen"):
+        raise ValueError(
+            f"topk_routing: score and weight must be one of {', '.join(SCORES)}, and weight may be "
+            f"softmax_of_chosen, got {call.score} and {call.weight}"
+        )
+    bias = call.bias
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != experts):
+        raise ValueError(f"topk_routing: bias must be [{experts}], got {_shape(bias)}")
+    if bias is not None and bias.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"topk_routing: bias must be fp16, bf16, fp32 or fp64, got {bias.dtype}")
+    _check_groups(call, experts)
+
+
+def _check_groups(call: Routing, experts: int) -> None:
+    groups, kept = call.groups, call.kept_groups
+    if groups < 1 or experts % groups or not 1 <= kept <= groups:
+        raise ValueError(
+            f"topk_routing: {experts} experts in {groups} groups of equal size, of which 1..{groups} are kept; "
+            f"got {kept}"
+        )
+    if call.group_score not in ("max", "top2"):
+        raise ValueError(f"topk_routing: group_score must be max or top2, got {call.group_score}")
+    if groups > 1 and call.group_score == "top2" and experts // groups < 2:
+        raise ValueError("topk_routing: group_score top2 needs two experts in each group")
+    if call.fill_weights and call.fill != 0:
+        raise ValueError(f"topk_routing: fill_weights needs fill 0, got {call.fill}")

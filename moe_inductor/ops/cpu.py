@@ -23,11 +23,19 @@ from torch.nn import functional as F
 
 from moe_inductor.ops.check import (
     Call,
+    Routing,
     Sizes,
     check_expert,
     check_experts_metadata,
     check_experts_sizes,
     check_routing,
+)
+from moe_inductor.ops.scores import (
+    chosen_scores,
+    denominator,
+    group_mask,
+    scores,
+    scores_for_choice,
 )
 from moe_inductor.unit import Unit
 
@@ -44,17 +52,24 @@ _ONEDNN_ELEMENTS = 1 << 16
 _Group = tuple[int, int, int]
 
 
-def topk_routing(
-    router_logits: Tensor, k: int, renormalise: bool, weights_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def topk_routing(*args: Any) -> tuple[Tensor, Tensor]:
     """See ``moe_inductor.ops.topk_routing``.  The ATen calls that the models make, so the same ids."""
-    check_routing(router_logits, k, weights_dtype)
-    compute = torch.float64 if router_logits.dtype == torch.float64 else torch.float32
-    scores = torch.softmax(router_logits, -1, dtype=compute)
-    weights, ids = torch.topk(scores, k, dim=-1)
-    if renormalise:
-        weights /= weights.sum(-1, keepdim=True)
-    return weights.to(weights_dtype), ids
+    call = Routing(*args)
+    check_routing(call)
+    compute = call.compute_dtype
+    choice = scores_for_choice(call)
+    values, ids = torch.topk(choice, call.k, dim=-1)
+    if call.compares_logits and call.score == call.weight and choice.dtype == compute:
+        weights = values
+    else:
+        weights = chosen_scores(call, ids)
+        if call.fill_weights:
+            weights = weights.masked_fill(~group_mask(call, scores(call)).gather(-1, ids), 0)
+    if call.renormalise:
+        weights = weights / denominator(call, weights)
+    if call.scale != 1:
+        weights = weights * call.scale
+    return weights.to(call.weights_dtype), ids
 
 
 def fused_experts(*args: Any) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -22,6 +23,7 @@ from moe_inductor.kernels.gate_up import gate_up
 from moe_inductor.kernels.launch import Programs, repeatable, scratch
 from moe_inductor.kernels.routing import topk_routing as _topk_routing
 from moe_inductor.kernels.weights import Projection, Stored, stacked_bias
+from moe_inductor.ops.check import Routing
 from moe_inductor.unit import Unit, parse
 
 Weights = Sequence[torch.Tensor]
@@ -30,19 +32,21 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 _PROGRAMS = Programs()
+_BIAS = Routing._fields.index("bias")
 
 
 def topk_routing(
-    router_logits: torch.Tensor, k: int, renormalise: bool, weights_dtype: torch.dtype
+    router_logits: torch.Tensor, *args: Any, **facts: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``softmax`` in fp32 over the last dim, top-k: ``(topk_weights [T, k], topk_ids int64 [T, k])``."""
+    """See ``moe_inductor.ops.topk_routing``: ``(topk_weights [T, k], topk_ids int64 [T, k])``."""
     if _is_elsewhere(router_logits):
         with torch.cuda.device(router_logits.device):
-            return topk_routing(router_logits, k, renormalise, weights_dtype)
-    arguments = (router_logits, k, renormalise, weights_dtype)
+            return topk_routing(router_logits, *args, **facts)
+    call = Routing(router_logits, *args, **facts)
     if not repeatable(router_logits):
-        return _topk_routing(*arguments)
-    weights, ids = _PROGRAMS.run(arguments[1:], [router_logits], _topk_routing, *arguments)
+        return _topk_routing(*call)
+    what = (*call[1:_BIAS], *call[_BIAS + 1 :])
+    weights, ids = _PROGRAMS.run(what, [router_logits, call.bias], _topk_routing, *call)
     return weights, ids
 
 

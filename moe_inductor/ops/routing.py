@@ -1,4 +1,4 @@
-"""``moe_inductor::topk_routing``: softmax over the experts, top-k, optional renormalisation."""
+"""``moe_inductor::topk_routing``: from router logits to the k chosen experts and their weights."""
 
 from __future__ import annotations
 
@@ -8,120 +8,110 @@ import torch
 from torch import Tensor
 
 from moe_inductor.ops import cpu
-from moe_inductor.ops.check import check_routing
+from moe_inductor.ops.check import Routing, check_routing
 from moe_inductor.ops.library import LIBRARY, NAMESPACE, TAGS
+from moe_inductor.ops.scores import gradient
 
 _NAME = f"{NAMESPACE}::topk_routing"
 
 LIBRARY.define(
-    "topk_routing(Tensor router_logits, int k, bool renormalise, ScalarType weights_dtype)"
-    " -> (Tensor topk_weights, Tensor topk_ids)",
+    "topk_routing(Tensor router_logits, int k, bool renormalise, ScalarType weights_dtype, Tensor? bias=None,"
+    " str score='softmax', str weight='softmax', float epsilon=0.0, float? minimum=None, float scale=1.0,"
+    " int groups=1, int kept_groups=1, str group_score='max', float fill=0.0, bool fill_weights=False,"
+    " ScalarType? score_dtype=None) -> (Tensor topk_weights, Tensor topk_ids)",
     tags=TAGS,
 )
 
 
 def topk_routing(
-    router_logits: Tensor, k: int, renormalise: bool, weights_dtype: torch.dtype
+    router_logits: Tensor,
+    k: int,
+    renormalise: bool,
+    weights_dtype: torch.dtype,
+    bias: Tensor | None = None,
+    score: str = "softmax",
+    weight: str = "softmax",
+    epsilon: float = 0.0,
+    minimum: float | None = None,
+    scale: float = 1.0,
+    groups: int = 1,
+    kept_groups: int = 1,
+    group_score: str = "max",
+    fill: float = 0.0,
+    fill_weights: bool = False,
+    score_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``p = softmax(router_logits, -1)``, the k largest, divided by their sum if ``renormalise``.
+    """The k experts with the largest ``score(router_logits) + bias``, and the weights of these.
 
-    Computed in fp32 (fp64 for fp64 logits), sorted by falling weight, ties as ``torch.topk`` breaks them on
-    that device.  A row with NaN gives k distinct ids in 0..E-1 and NaN weights; other rows do not notice.
+        choice  = score(router_logits) + bias        fill in all but the kept_groups best of the groups
+        ids     = the k largest of choice
+        u       = weight(router_logits)[ids]         with fill_weights, 0 where choice has fill
+        weights = scale * u / max(sum(u) + epsilon, minimum)             if renormalise, else scale * u
+
+    Computed in fp32 (fp64 for fp64 logits), sorted by falling choice, ties as ``torch.topk`` breaks them on
+    that device.  A row with NaN gives k distinct ids in 0..E-1; other rows do not notice.
 
     Args:
         router_logits: [T, E], fp16, bf16, fp32 or fp64, any strides.
         k: experts per token, 1..E.
         renormalise: divide the k weights by their sum.
         weights_dtype: dtype of the weights.
+        bias: [E], for the choice alone; it has no gradient.
+        score, weight: "softmax", "sigmoid", "sqrtsoftplus" (the root of softplus) or "logits"; weight may
+            be "softmax_of_chosen", over the k chosen logits.
+        epsilon: added to the sum.  minimum: the sum is at least that.  scale: of the weights, in the end.
+        groups: E experts in order, in so many groups of equal size.  kept_groups: how many of them can be chosen
+            from: those with the largest maximum ("max") or sum of their two largest ("top2", group_score).
+        fill: what is compared for experts of other groups.
+        score_dtype: dtype in which the model holds its scores: choice is rounded to it where it decides.
 
     Returns:
         topk_weights [T, k] in ``weights_dtype`` and topk_ids [T, k] int64, both contiguous.
 
     Raises:
-        ValueError: wrong rank, or k outside 1..E.
+        ValueError: wrong rank or bias, k outside 1..E, groups that do not divide E, an unknown score.
         TypeError: a dtype that the op does not take.
     """
-    return torch.ops.moe_inductor.topk_routing.default(router_logits, k, renormalise, weights_dtype)
+    return torch.ops.moe_inductor.topk_routing.default(
+        router_logits, k, renormalise, weights_dtype, bias, score, weight, epsilon, minimum, scale, groups,
+        kept_groups, group_score, fill, fill_weights, score_dtype,
+    )  # fmt: skip
 
 
-def _fake(
-    router_logits: Tensor, k: int, renormalise: bool, weights_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    check_routing(router_logits, k, weights_dtype)
-    shape = (router_logits.shape[0], k)
+def _fake(*args: Any) -> tuple[Tensor, Tensor]:
+    call = Routing(*args)
+    check_routing(call)
+    shape = (call.router_logits.shape[0], call.k)
     return (
-        router_logits.new_empty(shape, dtype=weights_dtype),
-        router_logits.new_empty(shape, dtype=torch.int64),
+        call.router_logits.new_empty(shape, dtype=call.weights_dtype),
+        call.router_logits.new_empty(shape, dtype=torch.int64),
     )
 
 
-def _cuda(
-    router_logits: Tensor, k: int, renormalise: bool, weights_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
     # Imported here: Triton must not be needed to import the ops.
     from moe_inductor.ops import cuda
 
-    check_routing(router_logits, k, weights_dtype)
-    return cuda.topk_routing(router_logits, k, renormalise, weights_dtype)
-
-
-def routing_gradient(
-    grad_weights: Tensor, router_logits: Tensor, topk_ids: Tensor, renormalise: bool
-) -> Tensor:
-    """Gradient of the logits from the gradient of ``topk_weights``, in plain ATen (AOTAutograd traces it).
-
-    Without renormalisation ``w = p[ids]`` with ``p = softmax(l)``, whose Jacobian is
-    ``dp_i/dl_j = p_i (delta_ij - p_j)``; so ``dl = scatter(ids, w * dw) - p * sum(w * dw)``.
-
-    With it, ``w = p[ids] / sum(p[ids])`` is the softmax of the k selected logits alone, so
-    ``dl[ids] = w * (dw - sum(w * dw))`` and zero elsewhere.
-
-    Source of the Jacobian: the softmax derivative as in Goodfellow, Bengio, Courville, Deep Learning (2016),
-    section 6.2.2.3; checked against ``torch.autograd.gradcheck`` in tests/ops.
-
-    Args:
-        grad_weights: [T, k].
-        router_logits: [T, E].
-        topk_ids: [T, k].
-
-    Returns:
-        [T, E] in the dtype of ``router_logits``.
-    """
-    compute = torch.float64 if router_logits.dtype == torch.float64 else torch.float32
-    grad = grad_weights.to(compute)
-    if renormalise:
-        weights = torch.softmax(router_logits.gather(-1, topk_ids), -1, dtype=compute)
-        weighted = grad * weights
-        selected = weighted - weights * weighted.sum(-1, keepdim=True)
-        zeros = torch.zeros_like(
-            router_logits, dtype=compute, memory_format=torch.contiguous_format
-        )
-        result = zeros.scatter(-1, topk_ids, selected)
-    else:
-        scores = torch.softmax(router_logits, -1, dtype=compute)
-        weighted = grad * scores.gather(-1, topk_ids)
-        result = (scores * -weighted.sum(-1, keepdim=True)).scatter_add(-1, topk_ids, weighted)
-    return result.to(router_logits.dtype)
+    check_routing(Routing(*args))
+    return cuda.topk_routing(*args)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    router_logits, _, ctx.renormalise, _ = inputs
+    call = Routing(*inputs)
+    ctx.call = call._replace(bias=None)[1:]
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(router_logits, output[1])
+    # A weight that was filled with zero has no gradient, and can be told by its value.
+    ctx.save_for_backward(call.router_logits, output[1], output[0] if call.fill_weights else None)
 
 
 def _backward(
     ctx: Any, grad_weights: Tensor | None, grad_ids: Tensor | None
-) -> tuple[Tensor | None, None, None, None]:
+) -> tuple[Tensor | None, ...]:
+    nothing = [None] * (len(Routing._fields) - 1)
     if grad_weights is None or not ctx.needs_input_grad[0]:
-        return None, None, None, None
-    router_logits, topk_ids = ctx.saved_tensors
-    return (
-        routing_gradient(grad_weights, router_logits, topk_ids, ctx.renormalise),
-        None,
-        None,
-        None,
-    )
+        return None, *nothing
+    router_logits, topk_ids, filled = ctx.saved_tensors
+    return gradient(Routing(router_logits, *ctx.call), grad_weights, topk_ids, filled), *nothing
 
 
 LIBRARY.impl("topk_routing", cpu.topk_routing, "CPU")

@@ -16,6 +16,8 @@ import torch
 from torch import fx
 
 from moe_inductor.match.bind import Bound, BoundRouter
+from moe_inductor.match.pieces import unviewed
+from moe_inductor.match.router_steps import run
 from moe_inductor.prove.expressions import Numbering, describe
 from moe_inductor.prove.reference import DescribedExperts, Projection
 from moe_inductor.reasons import Code, Refusal
@@ -33,22 +35,29 @@ def prove_experts(canonical: Canonical, bound: Bound) -> None:
 def prove_router(canonical: Canonical, bound: Bound, router: BoundRouter) -> None:
     """The block's topk_weights and topk_ids equal the router's reference.  Raises Refusal(ROUTER)."""
 
-    def reference(router_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return router.spelling.reference(router_logits, bound.moe.top_k, **router.facts)
+    def reference(logits: torch.Tensor, *bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        choice = run(router.choosing, run(router.scoring, logits), *bias)
+        scores = choice if router.weighing is None else run(router.weighing, logits)
+        chosen, topk_ids = router.spelling.reference(
+            scores, choice, router.router.k, **router.facts
+        )
+        return run(router.finish, chosen), topk_ids
 
+    assert bound.topk_weights is not None  # such a router is not proposed
     outputs = [bound.topk_weights, bound.topk_ids]
     autocast = canonical.router_autocast
-    _same(canonical, outputs, [router.logits], reference, autocast, Code.ROUTER)
+    _same(canonical, outputs, router.inputs(), reference, autocast, Code.ROUTER, views=True)
 
 
 def reference_of(bound: Bound) -> Callable[..., torch.Tensor]:
     """The spelling's reference as a function of ``bound.inputs()`` and ``bound.index``."""
     moe = bound.moe
 
-    def reference(
-        x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, *weights: Any
-    ) -> torch.Tensor:
-        left: list[Any] = list(weights)
+    def reference(x: torch.Tensor, topk_ids: torch.Tensor, *others: Any) -> torch.Tensor:
+        left: list[Any] = list(others)
+        topk_weights = (
+            left.pop(0).reshape(-1, moe.top_k) if bound.topk_weights is not None else None
+        )
 
         def take(nodes: Sequence[fx.Node]) -> list[torch.Tensor]:
             taken, left[:] = left[: len(nodes)], left[len(nodes) :]
@@ -65,7 +74,7 @@ def reference_of(bound: Bound) -> Callable[..., torch.Tensor]:
         return bound.spelling.reference(
             x.reshape(-1, moe.experts.hidden_size),
             topk_ids.reshape(-1, moe.top_k),
-            topk_weights.reshape(-1, moe.top_k),
+            topk_weights,
             experts,
             **bound.facts,
         )
@@ -80,7 +89,9 @@ def _same(
     reference: Callable[..., Any],
     autocast: Autocast | None,
     code: Code,
+    views: bool = False,
 ) -> None:
+    """views: outputs are equal up to a view, which keeps the order of the elements."""
     where = canonical.source_of(outputs[0])
     try:
         values = [value(n) for n in inputs]
@@ -104,6 +115,8 @@ def _same(
     (output,) = (n for n in graph.nodes if n.op == "output")
     results = output.args[0] if isinstance(output.args[0], (tuple, list)) else (output.args[0],)
     for mine, theirs in zip(outputs, results, strict=True):
+        if views:
+            mine, theirs = unviewed(mine), unviewed(theirs)
         if numbering.number(mine) != numbering.number(theirs):
             here, there = numbering.difference(mine, theirs) or (mine, theirs)
             raise Refusal(

@@ -30,7 +30,15 @@ from moe_inductor._compat import (
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.find import Region
 from moe_inductor.region.fold import Fold
-from moe_inductor.region.nodes import is_floating, location, mutated, name_of, storages, value
+from moe_inductor.region.nodes import (
+    is_floating,
+    location,
+    mutated,
+    name_of,
+    storages,
+    unbacked,
+    value,
+)
 from moe_inductor.region.normalise import Emitter, normalise
 from moe_inductor.region.pairs import restated
 
@@ -56,7 +64,8 @@ class Canonical:
     """module, graph: the normal form, one placeholder per tensor input of the region; only read, never run.
     dynamo_of: for a normal-form node, the Dynamo nodes that hold its value once the region has run, inputs included.
     fake_mode: where to trace references that are to be compared with ``graph``.
-    grad_enabled: grad mode of the experts.  router_refusal: why the router must stay, when it runs under another.
+    grad_enabled: grad mode of the experts.  grad_modes: that of every Dynamo node.  router_refusal: why the router
+        must stay, when it runs under another mode, and that is not written out.
     grad_refusal: what to say of a block with both modes after its root, if it is not fused.
     autocast, router_autocast: under what references are to be traced.  The casts of autocast are written out in
         ``graph``, so that what the proof finds equal is equal, whatever runs under which.
@@ -69,6 +78,7 @@ class Canonical:
     dynamo_of: dict[fx.Node, list[fx.Node]]
     fake_mode: FakeTensorMode
     grad_enabled: bool
+    grad_modes: dict[fx.Node, bool]
     autocast: Autocast | None
     router_autocast: Autocast | None
     router_refusal: Refusal | None
@@ -143,6 +153,7 @@ def canonicalise(gm: fx.GraphModule, region: Region, folds: Fold | None = None) 
         dynamo_of,
         fake_mode,
         grad.enabled,
+        {node: state.grad_enabled for node, state in states.items()},
         states[region.anchor].autocast,
         states[region.root].autocast,
         grad.router,
@@ -209,7 +220,8 @@ class _Runner(fx.Interpreter):
             state = self.states[node]
             # ATen nodes inherit the model's source line.
             with fx_traceback.set_current_meta(node), under(state.autocast):
-                made = restated(node, self.run_node(node))
+                constant = _constant(value(node))
+                made = constant if constant is not None else restated(node, self.run_node(node))
                 if node in self.stopped:
                     made = map_aggregate(made, _without_gradient)
                 self.env[node] = made
@@ -217,6 +229,12 @@ class _Runner(fx.Interpreter):
                 self.env[self.last] = self.env[node]
         self.current = None
         return tuple(self.env[n] for n in self.wanted)
+
+
+def _constant(item: Any) -> float | None:
+    """A float attribute of the model that Dynamo left open (``dynamic=True``): as it is now, which adds a guard.  An
+    epsilon or a scale decides what the block is."""
+    return float(item) if isinstance(item, torch.SymFloat) and not unbacked(item) else None
 
 
 def _without_gradient(made: Any) -> Any:
@@ -238,7 +256,8 @@ def _results(graph: fx.Graph) -> list[Any]:
 
 def _fresh(item: Any) -> Any:
     if not isinstance(item, torch.Tensor):
-        return item
+        constant = _constant(item)
+        return item if constant is None else constant
     return torch.empty_strided(item.shape, item.stride(), dtype=item.dtype, device=item.device)
 
 
@@ -333,11 +352,20 @@ def _grad_modes(region: Region, states: dict[fx.Node, State]) -> _Grad:
     late = next((n for n in after if n in other), None)
     refusal = Refusal(Code.GRAD_STATE, "", location(late)) if late is not None else None
     words = "the router mixes grad modes"
-    router = Refusal(Code.GRAD_STATE, words, location(other[0])) if other else None
+    unclear = [n for n in other if not enabled or not _stays_without(n, set(other))]
+    router = Refusal(Code.GRAD_STATE, words, location(unclear[0])) if unclear else None
     stopped = {n for n in other if enabled and not mutated(n)}
     if refusal is not None and any(n in after and n not in stopped for n in other):
         raise refusal  # changed in place: it keeps the gradient of what it was
     return _Grad(enabled, frozenset(stopped), refusal, router)
+
+
+def _stays_without(node: fx.Node, without: set[fx.Node]) -> bool:
+    """Does ``node``, which runs without gradients, give what has none?  One that changes a tensor in place does where
+    all that it reads has none either."""
+    return not mutated(node) or all(
+        a in without or not is_floating(a) for a in node.all_input_nodes
+    )
 
 
 def _one_autocast(region: Region, states: dict[fx.Node, State]) -> bool:

@@ -16,16 +16,31 @@ import torch
 from torch import fx
 
 from moe_inductor import _compat, ops  # noqa: F401  (registers the ops)
+from moe_inductor.description import Router
 from moe_inductor.match.bind import Bound, BoundRouter, Weight
+from moe_inductor.ops.check import Routing
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.canonical import Canonical
-from moe_inductor.region.nodes import is_floating, location, mutated, storages, value
+from moe_inductor.region.nodes import (
+    is_floating,
+    is_tensor,
+    location,
+    mutated,
+    name_of,
+    same_sizes,
+    storages,
+    value,
+)
 from moe_inductor.rewrite.liveness import erase_unneeded, needed
+from moe_inductor.rewrite.remake import Remake
 
 _EXPERTS = torch.ops.moe_inductor.fused_experts.default
 _ROUTING = torch.ops.moe_inductor.topk_routing.default
 _compat.call_directly(_EXPERTS, "moe_inductor.ops.cuda.fused_experts", "cuda")
 _compat.call_directly(_ROUTING, "moe_inductor.ops.cuda.topk_routing", "cuda")
+# What may stand between a router and fused experts: each element stays what and where it is.
+_ELEMENT_BY_ELEMENT = frozenset({"reshape", "view", "flatten", "contiguous", "to", "type", "float"})
+_ROUTING_DEFAULTS = Routing._field_defaults
 
 
 @dataclasses.dataclass(eq=False)
@@ -57,34 +72,36 @@ class Rewriter:
 
     def _readable(self, node: fx.Node, position: int) -> fx.Node:
         """A Dynamo node that has the value of ``node`` at ``position``."""
-        for holder in self.holders(node):
-            if self.ready(holder) <= position:
-                return holder
-        raise Refusal(
-            Code.MUTATION,
-            "an operand of the block exists only in a tensor that is written to again",
-            self.canonical.source_of(node),
-        )
+        found = self._holder(node, position)
+        if found is None:
+            raise Refusal(
+                Code.MUTATION,
+                "an operand of the block exists only in a tensor that is written to again",
+                self.canonical.source_of(node),
+            )
+        return found
+
+    def _holder(self, node: fx.Node, position: int) -> fx.Node | None:
+        return next((h for h in self.holders(node) if self.ready(h) <= position), None)
 
     # -- the experts -------------------------------------------------------------------------------------------------
     def fuse_experts(self, bound: Bound) -> fx.Node:
         """Replace the block's output by one call of ``fused_experts``.  Raises Refusal(ESCAPES, MUTATION, LAYOUT)."""
-        outputs = self.holders(bound.output)
-        if not outputs:
-            raise Refusal(Code.MUTATION, "the block's output is never held by the model", "")
+        outputs = self._outputs(bound.output)
         position = min(self.ready(h) for h in outputs)
         (after,) = (n for n in self.graph.nodes if self.order[n] == position)
-        inputs = {n: self._readable(n, position) for n in bound.inputs()}
+        remake = Remake(self.canonical, lambda node: self._holder(node, position))
+        for operand in bound.inputs():
+            remake.plan(operand)
         made = value(outputs[0])
         if not made.is_contiguous():
             raise Refusal(Code.LAYOUT, "the block's output is not contiguous", location(outputs[0]))
 
         replaced = self._takes_over(outputs, position)
         keep = needed(self.canonical.region, replaced)
-        self._keep_operands(keep, inputs.values())
-        self._no_escape(bound, keep)
+        self._keep_operands(keep, remake.read)
+        self._no_escape(bound, keep, outputs)
 
-        x, ids, weights = (inputs[n] for n in (bound.x, bound.topk_ids, bound.topk_weights))
         moe = bound.moe
         dtype = moe.experts.compute_dtype
 
@@ -94,10 +111,17 @@ class Rewriter:
         with self.graph.inserting_after(after):
             anchor = self.graph.call_function(_EXPERTS, ())
         with self.graph.inserting_before(anchor):
+            inputs = {n: remake.emit(self.graph, n, self._finish) for n in bound.inputs()}
+            x, ids = inputs[bound.x], self._matrix(inputs[bound.topk_ids], moe.top_k)
+            if bound.topk_weights is not None:
+                weights = self._matrix(inputs[bound.topk_weights], moe.top_k)
+            else:  # every chosen expert counts once
+                weights = self.graph.call_function(torch.ones_like, (ids,), {"dtype": dtype})
+                self._finish(weights, ids)
             anchor.args = (
                 self._cast(self._matrix(x, moe.experts.hidden_size), dtype),
-                self._matrix(ids, moe.top_k),
-                self._matrix(weights, moe.top_k),
+                ids,
+                weights,
                 *each(lambda w: self._weights(w, inputs, dtype)),
                 moe.experts.activation,
                 moe.combine.out_dtype,
@@ -106,9 +130,43 @@ class Rewriter:
                 moe.combine.weight_on == "input",
             )
         self._finish(anchor, outputs[0])
-        self._redirect(outputs, anchor, replaced)
+        with self.graph.inserting_after(anchor):
+            self._redirect(outputs, self._as_held(anchor, outputs[0]), replaced)
         erase_unneeded(self.canonical.region, keep)
         return anchor
+
+    def _outputs(self, output: fx.Node) -> list[fx.Node]:
+        """The holders of the block's output [T, H], or, where the model has none, of the first view of it."""
+        views = [n for n in output.users if n.target is torch.ops.aten.view.default]
+        held = [holders for n in (output, *views) if (holders := self.holders(n))]
+        if not held:
+            raise Refusal(Code.MUTATION, "the block's output is never held by the model", "")
+        if not self.holders(output):
+            held.sort(key=lambda holders: min(map(self.ready, holders)))
+        if self._like(held[0][0], value(output)) is None:
+            raise Refusal(Code.LAYOUT, "the shape of the block's output is not known", "")
+        return held[0]
+
+    def _like(self, holder: fx.Node, made: torch.Tensor) -> list[int] | fx.Node | None:
+        """What tells the shape of ``holder``: sizes, of which one may be -1, or a tensor that comes before it."""
+        shape = value(holder).shape
+        sizes = [size if isinstance(size, int) else -1 for size in shape]
+        if sizes.count(-1) <= 1 or same_sizes(shape, made.shape):
+            return sizes
+        inputs = self.canonical.region.inputs
+        return next((n for n in inputs if is_tensor(n) and same_sizes(value(n).shape, shape)), None)
+
+    def _as_held(self, result: fx.Node, holder: fx.Node) -> fx.Node:
+        """``result [T, H]`` in the shape of ``holder``."""
+        if same_sizes(value(result).shape, value(holder).shape):
+            return result
+        like = self._like(holder, value(result))
+        if isinstance(like, fx.Node):
+            new = self.graph.call_method("view_as", (result, like))
+        else:
+            new = self.graph.call_method("reshape", (result, like))
+        self._finish(new, holder)
+        return new
 
     def _takes_over(self, holders: list[fx.Node], position: int) -> Any:
         held = set(holders)
@@ -134,7 +192,7 @@ class Rewriter:
             todo += [a for a in node.all_input_nodes if a in members]
             todo += [w for s in storages(node) for w in self.writes.get(s, ())]
 
-    def _no_escape(self, bound: Bound, keep: set[fx.Node]) -> None:
+    def _no_escape(self, bound: Bound, keep: set[fx.Node], outputs: list[fx.Node]) -> None:
         """Nothing that an expert computes may be read outside: it would have to be computed twice."""
         weights = {n for w in bound.projections if w for n in (*w.nodes, *w.bias)}
         boundary = {bound.x, bound.topk_ids, bound.topk_weights}
@@ -161,11 +219,7 @@ class Rewriter:
             if not computed or node is bound.output or node.target in views:
                 continue
             for holder in self.canonical.dynamo_of.get(node, ()):
-                if (
-                    holder in keep
-                    and is_floating(holder)
-                    and holder not in self.holders(bound.output)
-                ):
+                if holder in keep and is_floating(holder) and holder not in outputs:
                     raise Refusal(
                         Code.ESCAPES,
                         f"`{holder.name}`, computed inside the experts, is also read outside",
@@ -204,41 +258,77 @@ class Rewriter:
     # -- the router --------------------------------------------------------------------------------------------------
     def fuse_router(self, bound: Bound, router: BoundRouter) -> fx.Node:
         """Replace topk_weights and topk_ids by one call of ``topk_routing``.  Raises Refusal(ROUTER, MUTATION)."""
+        assert bound.topk_weights is not None  # such a router is not proposed
         held = {0: self.holders(bound.topk_weights), 1: self.holders(bound.topk_ids)}
         start = min(self.order[h] for hs in held.values() for h in hs)
-        logits = self._readable(router.logits, start - 1)
-        rules = {i: self._takes_over(hs, self.order[logits]) for i, hs in held.items()}
+        operands = [self._readable(n, start - 1) for n in router.inputs()]
+        rules = {
+            i: self._takes_over(hs, max(map(self.order.__getitem__, operands)))
+            for i, hs in held.items()
+        }
         replaced = lambda reader, node: any(rule(reader, node) for rule in rules.values())  # noqa: E731
         keep = needed(self.canonical.region, replaced)
-        self._keep_operands(keep, [logits])
+        self._keep_operands(keep, operands)
         root = self.canonical.region.root
         if root in keep:
             raise Refusal(Code.ROUTER, "the top-k is also read in another form", location(root))
-        # Where the model's own router starts, so that grad mode is the one that the router runs under.
-        before = next(
-            n
-            for n in self.canonical.region.nodes
-            if is_floating(n) and self.order[n] > self.order[logits]
-        )
-        with self.graph.inserting_before(before):
-            matrix = self._matrix(logits, bound.moe.experts.num_experts)
-            call = self.graph.call_function(
-                _ROUTING,
-                (
-                    matrix,
-                    bound.moe.top_k,
-                    bool(router.facts["renormalise"]),
-                    value(bound.topk_weights).dtype,
-                ),
-            )
-            self._finish(call, logits)
-            outputs = [self.graph.call_function(operator.getitem, (call, i)) for i in range(2)]
-            for i, new in enumerate(outputs):
-                self._finish(new, held[i][0] if held[i] else call)
+        if router.spelling.unordered(router.facts):
+            self._order_is_not_read(held, rules, keep)
+        with self.graph.inserting_before(self._router_starts(operands, start)):
+            matrix = self._matrix(operands[0], bound.moe.experts.num_experts)
+            call = self.graph.call_function(_ROUTING, *_arguments(router.router, matrix, operands))
+            self._finish(call, operands[0])
+            parts = [self.graph.call_function(operator.getitem, (call, i)) for i in range(2)]
+            for i, part in enumerate(parts):
+                self._finish(part, held[i][0] if held[i] else call)
+            outputs = [self._shaped(part, held[i]) for i, part in enumerate(parts)]
         for i, new in enumerate(outputs):
             self._redirect(held[i], new, rules[i])
         erase_unneeded(self.canonical.region, keep)
         return call
+
+    def _router_starts(self, operands: list[fx.Node], start: int) -> fx.Node:
+        """Where the router of the model starts, under the grad mode that its weights are computed under."""
+        after = max(map(self.order.__getitem__, operands))
+        for node in self.canonical.region.nodes:
+            if (
+                is_floating(node)
+                and after < self.order[node] <= start
+                and self.canonical.grad_modes[node] is self.canonical.grad_enabled
+            ):
+                return node
+        raise Refusal(
+            Code.GRAD_STATE, "the router mixes grad modes", location(self.canonical.region.root)
+        )
+
+    def _order_is_not_read(
+        self, held: dict[int, list[fx.Node]], rules: dict[int, Any], keep: set[fx.Node]
+    ) -> None:
+        """A top-k that need not sort leaves the order of the k experts open, and ours is another one.  The sum over
+        them does not have any: the fused experts, through views and casts, may be the only ones who read it."""
+        gone = set(self.canonical.region.nodes) - keep
+        todo = [r for i, hs in held.items() for h in hs for r in h.users if rules[i](r, h)]
+        while todo:
+            reader = todo.pop()
+            if reader in gone or reader.target is _EXPERTS:
+                continue
+            if name_of(reader) not in _ELEMENT_BY_ELEMENT:
+                raise Refusal(
+                    Code.ROUTER,
+                    "the order of the k experts, which the top-k leaves open, is read outside the experts",
+                    location(reader) or self.canonical.region.location,
+                )
+            todo += reader.users
+
+    def _shaped(self, node: fx.Node, holders: list[fx.Node]) -> fx.Node:
+        """``node`` [T, k] as the model holds it: top-1 may have one dimension only."""
+        if not holders or value(holders[0]).dim() == 2:
+            return node
+        if value(holders[0]).dim() != 1:
+            raise Refusal(Code.ROUTER, "the tokens have two dimensions", location(holders[0]))
+        new = self.graph.call_method("reshape", (node, (-1,)))
+        self._finish(new, holders[0])
+        return new
 
     def _finish(self, node: fx.Node, like: fx.Node) -> None:
         """Value and source line of a new node, as Dynamo would have recorded them."""
@@ -251,3 +341,31 @@ class Rewriter:
         node.meta["example_value"] = made
         if "stack_trace" in like.meta:
             node.meta["stack_trace"] = like.meta["stack_trace"]
+
+
+def _arguments(
+    router: Router, logits: fx.Node, operands: list[fx.Node]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Of ``topk_routing``; what is the default is not said, for each argument costs time in the dispatcher."""
+    facts: dict[str, Any] = {
+        "score": router.score,
+        "weight": router.weight,
+        "epsilon": router.epsilon,
+        "minimum": router.minimum,
+        "scale": router.scale,
+        "score_dtype": router.score_dtype,
+    }
+    if router.groups is not None:
+        groups = router.groups
+        facts |= {
+            "groups": groups.count,
+            "kept_groups": groups.kept,
+            "group_score": groups.score,
+            "fill": groups.fill,
+            "fill_weights": groups.fill_weights,
+        }
+    defaults = {**_ROUTING_DEFAULTS, "score_dtype": torch.float32}
+    facts = {name: fact for name, fact in facts.items() if fact != defaults[name]}
+    if router.bias:
+        facts["bias"] = operands[1]
+    return (logits, router.k, router.renormalise, router.weights_dtype), facts

@@ -27,11 +27,11 @@ HIDDEN, WIDTH, EXPERTS, K = 32, 24, 6, 2
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """block, config: class name and arguments; softmax: the router is softmax, top-k, perhaps renormalised."""
+    """block, config: class name and arguments; score: what its router chooses by."""
 
     block: str
     config: dict
-    softmax: bool
+    score: str
 
     def build(self, family: str, implementation: str, dtype: torch.dtype) -> torch.nn.Module:
         from transformers import AutoConfig
@@ -52,30 +52,32 @@ TWO_WIDTHS = {"intermediate_size": 40, "moe_intermediate_size": WIDTH}
 GROUPS = {"n_routed_experts": EXPERTS, "n_group": 2, "topk_group": 1, "norm_topk_prob": True}
 FAMILIES = {
     "mixtral": Family(
-        "MixtralSparseMoeBlock", ONE_WIDTH | {"num_local_experts": EXPERTS}, softmax=True
+        "MixtralSparseMoeBlock", ONE_WIDTH | {"num_local_experts": EXPERTS}, score="softmax"
     ),
     "qwen3_moe": Family(
         "Qwen3MoeSparseMoeBlock",
         TWO_WIDTHS | {"num_experts": EXPERTS, "norm_topk_prob": True},
-        softmax=True,
+        score="softmax",
     ),
     "olmoe": Family(
         "OlmoeSparseMoeBlock",
         ONE_WIDTH | {"num_experts": EXPERTS, "norm_topk_prob": False},
-        softmax=True,
+        score="softmax",
     ),
     "qwen2_moe": Family(
         "Qwen2MoeSparseMoeBlock",
         TWO_WIDTHS | {"num_experts": EXPERTS, "shared_expert_intermediate_size": WIDTH},
-        softmax=True,
+        score="softmax",
     ),
-    "jamba": Family("JambaSparseMoeBlock", ONE_WIDTH | {"num_experts": EXPERTS}, softmax=True),
+    "jamba": Family("JambaSparseMoeBlock", ONE_WIDTH | {"num_experts": EXPERTS}, score="softmax"),
     "hunyuan_v1_moe": Family(
-        "HunYuanMoEV1Moe", ONE_WIDTH | {"num_experts": EXPERTS, "moe_topk": K}, softmax=True
+        "HunYuanMoEV1Moe", ONE_WIDTH | {"num_experts": EXPERTS, "moe_topk": K}, score="softmax"
     ),
-    "deepseek_v3": Family("DeepseekV3MoE", TWO_WIDTHS | GROUPS, softmax=False),
-    "dots1": Family("Dots1MoE", TWO_WIDTHS | GROUPS | {"n_shared_experts": 1}, softmax=False),
-    "glm4_moe": Family("Glm4MoeMoE", TWO_WIDTHS | GROUPS | {"n_shared_experts": 1}, softmax=False),
+    "deepseek_v3": Family("DeepseekV3MoE", TWO_WIDTHS | GROUPS, score="sigmoid"),
+    "dots1": Family("Dots1MoE", TWO_WIDTHS | GROUPS | {"n_shared_experts": 1}, score="sigmoid"),
+    "glm4_moe": Family(
+        "Glm4MoeMoE", TWO_WIDTHS | GROUPS | {"n_shared_experts": 1}, score="sigmoid"
+    ),
 }
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -110,13 +112,10 @@ def test_block(family, implementation, dtype, shape):
     compiled.assert_fused(1, graphs=2)  # without gradients it is another graph
     for report in compiled.blocks:
         assert report.location.startswith(("moe.py:", f"modeling_{family}.py:"))
-        if FAMILIES[family].softmax:
-            assert report.router_fused, str(report.router_reason)
-            assert report.moe.router.score == "softmax"
-        else:
-            assert not report.router_fused
-            assert report.router_reason.code.name == "ROUTER"
-            assert report.router_reason.location.startswith(f"modeling_{family}.py:")
+        assert report.router_fused, str(report.router_reason)
+        router = report.moe.router
+        assert router.score == FAMILIES[family].score
+        assert (router.groups is not None) == router.bias == (router.score == "sigmoid")
 
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])

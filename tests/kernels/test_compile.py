@@ -18,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from moe_inductor.kernels import align, combine, decode, down, gate_up, routing  # noqa: E402
 from moe_inductor.ops import cuda  # noqa: E402
+from tests.routers import ROUTERS, call  # noqa: E402
 from tests.units import GATED  # noqa: E402
 
 TYPES = {
@@ -217,3 +218,43 @@ def test_other_gpus(target, capability, shared_kb, T, record):
     for kernel, args, meta in record(capability, T, **MIXTRAL):
         compiled = compile_for(target, kernel, args, meta)
         assert compiled.metadata.shared <= shared_kb * 1024
+
+
+# E, k and groups as released.
+RELEASED = {
+    "deepseek_v3": (256, 8, {"groups": 8, "kept_groups": 4}),
+    "deepseek_v2, groups": (160, 6, {"groups": 8, "kept_groups": 3}),
+    "deepseek_v4": (384, 6, {}),
+    "ernie4_5": (64, 6, {}),
+    "gpt_oss": (128, 4, {}),
+    "kolibri1": (48, 4, {}),
+    "lfm2, epsilon counts": (32, 4, {}),
+}
+
+
+@pytest.mark.parametrize(
+    "target",
+    [GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("cuda", 100, 32)],
+    ids=lambda t: str(t.arch),
+)
+@pytest.mark.parametrize("name", RELEASED)
+def test_routers(name, target, monkeypatch, tmp_path):
+    launches = []
+    monkeypatch.setattr(
+        routing, "launch", lambda kernel, grid, *args, **meta: launches.append((kernel, args, meta))
+    )
+    E, k, sizes = RELEASED[name]
+    with torch.device("meta"):
+        logits, bias = torch.empty(64, E, dtype=torch.bfloat16), torch.empty(E)
+    args, facts = call(logits, bias, ROUTERS[name] | sizes, k)
+    cuda.topk_routing(*args, **facts, score_dtype=torch.bfloat16)
+    (launch,) = launches
+    compiled = compile_for(target, *launch)
+    assert not spilled_bytes(compiled, tmp_path)
+
+
+def test_softmax_needs_no_more_than_it_did(record):
+    """A softmax router compares logits, and computes an exp for each weight, not for each expert."""
+    kernel, args, meta = record((9, 0), 64, **QWEN3)[0]
+    ptx = compile_for(GPUTarget("cuda", 90, 32), kernel, args, meta).asm["ptx"]
+    assert ptx.count("ex2.approx") <= 2

@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch import fx
 
-from moe_inductor.match.api import ExpertsSpelling, discover
+from moe_inductor.match.api import ExpertsSpelling, RouterSpelling, discover
+from moe_inductor.match.bind import BoundRouter
 from moe_inductor.match.experts import propose
-from moe_inductor.prove.prove import prove_experts
+from moe_inductor.match.router import propose_routers
+from moe_inductor.prove.prove import prove_experts, prove_router
 from moe_inductor.reasons import Refusal
 from moe_inductor.rewrite import pipeline
 
@@ -65,7 +67,7 @@ def _changes(item: Any) -> Iterator[Any]:
             for changed in _changes(part):
                 yield type(item)([*item[:i], changed, *item[i + 1 :]])
     elif type(item) in (int, float):
-        yield item + 1
+        yield item + 1 if abs(item) != float("inf") else 0.0
 
 
 def _proved(canonical, spelling) -> list[Any]:
@@ -95,3 +97,64 @@ def test_every_constant_counts(spelling, sample, rewritten, monkeypatch):
             node.args = original
     assert tried > 10, "nothing was looked at"
     assert _proved(canonical, spelling), "the graph is as it was"
+
+
+# -- routers -----------------------------------------------------------------------------------------------------------
+
+ROUTERS = [
+    pytest.param(s, sample, id=f"{s.name}-{sample.name}")
+    for s in discover()
+    if isinstance(s, RouterSpelling)
+    for sample in s.samples
+]
+
+
+def _routers_of(canonical, bound, spelling) -> list[BoundRouter]:
+    """What is proved to be the router of ``bound``."""
+    proved = []
+    try:
+        candidates = propose_routers(canonical, bound, [spelling])
+    except Refusal:
+        return []
+    for router in candidates:
+        try:
+            prove_router(canonical, bound, router)
+        except Refusal:
+            continue
+        proved.append(router)
+    return proved
+
+
+@pytest.mark.parametrize(("spelling", "sample"), ROUTERS)
+def test_every_constant_of_a_router_counts(spelling, sample, rewritten, monkeypatch):
+    """Constants are read from the graph, so a router with another one is another router, or none."""
+    seen: list[Any] = []
+    prove = pipeline.prove_router
+
+    def spy(canonical, bound, router):
+        prove(canonical, bound, router)
+        seen.append((canonical, bound, router))
+
+    monkeypatch.setattr(pipeline, "prove_router", spy)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        rewritten(sample.build())(torch.randn(11, 32))
+    ((canonical, bound, router),) = seen
+    nodes, todo = [], [bound.topk_weights, bound.topk_ids]
+    while todo:
+        node = todo.pop()
+        if node not in nodes and node not in router.inputs() and node.op == "call_function":
+            nodes.append(node)
+            todo += node.all_input_nodes
+    tried = 0
+    for node in nodes:
+        original = node.args
+        for args in _changes(tuple(original)):
+            node.args = args
+            tried += 1
+            for other in _routers_of(canonical, bound, spelling):
+                assert other.router != router.router, f"{node.format_node()} was {original}"
+            node.args = original
+    assert tried > 3, "nothing was looked at"
+    (same,) = _routers_of(canonical, bound, spelling)
+    assert same.router == router.router, "the graph is as it was"
