@@ -19,7 +19,7 @@ from moe_inductor.match.api import ExpertsSpelling, NearMiss, Sample
 
 def reference(x, topk_ids, topk_weights, experts, *, mask, sum_in, weight_on):
     dtype = torch.float32 if sum_in == "float32" else x.dtype
-    if sum_in == "weights" and topk_weights is not None:
+    if sum_in == "weights" and weight_on != "nothing":
         dtype = topk_weights.dtype
     out = torch.zeros(x.shape, dtype=dtype, device=x.device)
     for e, expert in experts:

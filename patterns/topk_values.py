@@ -101,7 +101,7 @@ class SigmoidAfterTopk(Routed):
     def route(self, logits):
         scores, topk_ids = torch.topk(logits, TOP_K, dim=-1)
         scores = F.sigmoid(scores)
-        return scores / torch.sum(scores, dim=-1, keepdims=True), topk_ids
+        return scores / scores.sum(dim=-1, keepdim=True), topk_ids
 
 
 class Divided(AfterTopk):

@@ -93,6 +93,7 @@ def _bind(
     where: str,
 ) -> BoundRouter:
     """weighed: what the weights are taken from, None where the spelling takes them from ``choice``."""
+    assert bound.topk_weights is not None
     choosing, base = read(choice, CHOICE)
     scoring, logits = read(base, SCORES)
     weighing, start = (None, logits)
