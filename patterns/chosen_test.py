@@ -139,6 +139,31 @@ class Two(AnyLoop):
         return out
 
 
+class MoreThanOne(AnyLoop):
+    """Experts with a single token are left out."""
+
+    def has_tokens(self, mask, e):
+        return mask[e].sum() > 1
+
+
+class AllTokens(AnyLoop):
+    """Only experts that every token chose."""
+
+    def has_tokens(self, mask, e):
+        return mask[e].all()
+
+
+class Heavy(AnyLoop):
+    """Experts of little weight are left out."""
+
+    def experts(self, x, topk_ids, topk_weights):
+        self.weights = topk_weights
+        return super().experts(x, topk_ids, topk_weights)
+
+    def has_tokens(self, mask, e):
+        return (mask[e] * self.weights.T).sum() > 0.4
+
+
 CHOSEN_TEST = ChosenSpelling(
     name="chosen_test",
     source="transformers 4.57 nllb_moe, switch_transformers; nanoMoE and many re-implementations",
@@ -163,5 +188,8 @@ CHOSEN_TEST = ChosenSpelling(
         NearMiss(name="all_experts", build=AllExperts, code="ASSUMPTION"),
         NearMiss(name="anything", build=AnythingHere, code="ASSUMPTION"),
         NearMiss(name="two", build=Two, code="ASSUMPTION"),
+        NearMiss(name="more_than_one", build=MoreThanOne, code="CONTROL_FLOW"),
+        NearMiss(name="all_tokens", build=AllTokens, code="CONTROL_FLOW"),
+        NearMiss(name="heavy", build=Heavy, code="CONTROL_FLOW"),
     ),
 )

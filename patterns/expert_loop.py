@@ -9,7 +9,7 @@ The most common eager spelling: Mixtral and Qwen of transformers up to 4.51, OLM
 """
 
 import torch
-from moe_inductor.patterns import _blocks
+from moe_inductor.patterns import _blocks, _mask_loops
 from moe_inductor.patterns._blocks import HIDDEN, INTERMEDIATE, NUM_EXPERTS
 from torch import nn
 from torch.nn import functional as F
@@ -17,13 +17,11 @@ from torch.nn import functional as F
 from moe_inductor.match.api import ExpertsSpelling, NearMiss, Sample
 
 
-def reference(x, topk_ids, topk_weights, experts, *, mask, sum_in, weight_on, scattered):
-    dtype = {"x": x.dtype, "weights": topk_weights.dtype, "float32": torch.float32}[sum_in]
+def reference(x, topk_ids, topk_weights, experts, *, mask, sum_in, weight_on):
+    dtype = torch.float32 if sum_in == "float32" else x.dtype
+    if sum_in == "weights" and topk_weights is not None:
+        dtype = topk_weights.dtype
     out = torch.zeros(x.shape, dtype=dtype, device=x.device)
-    if scattered:  # scores of all experts, zero where one was not chosen
-        scores = torch.zeros(
-            (x.shape[0], experts.num_experts), dtype=topk_weights.dtype, device=x.device
-        ).scatter(1, topk_ids, topk_weights)
     for e, expert in experts:
         # In the normal form a row of a one-hot mask is this comparison.
         hit = topk_ids == e
@@ -32,12 +30,11 @@ def reference(x, topk_ids, topk_weights, experts, *, mask, sum_in, weight_on, sc
         else:
             token, slot = torch.where(hit)
         rows = x[token]
-        weights = scores.select(1, e)[token, None] if scattered else topk_weights[token, slot, None]
         if weight_on == "input":
-            rows = (rows * weights).to(x.dtype)
+            rows = (rows * topk_weights[token, slot, None]).to(x.dtype)
         y = expert(rows)
         if weight_on == "output":
-            y = y * weights
+            y = y * topk_weights[token, slot, None]
         out = out.index_add(0, token, y.to(dtype))
     return out
 
@@ -488,11 +485,9 @@ EXPERT_LOOP = ExpertsSpelling(
     facts={
         "mask": ("slots first", "tokens first"),
         "sum_in": ("x", "weights", "float32"),
-        "weight_on": ("output", "input"),
-        "scattered": (False, True),
+        "weight_on": ("output", "input", "nothing"),
     },
     loop=True,
-    ids_in_range="scattered",
     samples=(
         Sample(name="stacked", build=Loop),
         Sample(name="tokens_first", build=TokensFirst),
@@ -508,10 +503,12 @@ EXPERT_LOOP = ExpertsSpelling(
         Sample(name="no_grad_weights", build=NoGradWeights, brief=True),
         Sample(name="top_one", build=TopOne),
         Sample(name="auxiliary_loss", build=AuxiliaryLoss),
+        *_mask_loops.SAMPLES,
         *(Sample(name=name, build=block, brief=True) for name, block in _blocks.variants(Loop)),
     ),
     near_misses=(
         *(NearMiss(name=n, build=b, code=c) for n, b, c in _blocks.near_variants(Loop)),
+        *_mask_loops.NEAR_MISSES,
         NearMiss(name="one_expert_gelu", build=OneGelu, code="ACTIVATION"),
         NearMiss(name="one_expert_alpha", build=OneAlpha, code="ACTIVATION"),
         NearMiss(name="one_expert_up_first", build=OneUpFirst, code="ACTIVATION"),
@@ -522,7 +519,7 @@ EXPERT_LOOP = ExpertsSpelling(
         NearMiss(name="bias_not_weighted", build=BiasNotWeighted, code="SPELLING"),
         NearMiss(name="scaled_bias", build=ScaledBias, code="SPELLING"),
         NearMiss(name="one_expert_under_autocast", build=OneUnderAutocast, code="SPELLING"),
-        NearMiss(name="score_of_other_expert", build=OtherColumn, code="PROOF"),
+        NearMiss(name="score_of_other_expert", build=OtherColumn, code="SPELLING"),
         NearMiss(name="weight_twice", build=WeightTwice, code="SPELLING"),
         NearMiss(name="norm_after_expert", build=PostNorm, code="SPELLING"),
         NearMiss(name="expert_missing", build=Missing, code="EXPERT_MISSING"),

@@ -274,6 +274,32 @@ class KeepsTheSecondSum(HitLoop):
         return out
 
 
+class EveryOtherToken(HitLoop):
+    """Experts that only tokens with an odd number chose are left out."""
+
+    def hits(self, mask, topk_ids):
+        return torch.greater(mask[..., ::2].sum(dim=(-1, -2)), 0).nonzero()
+
+
+class Shifted(HitLoop):
+    """Each expert in the place of the one before it."""
+
+    def hits(self, mask, topk_ids):
+        return (super().hits(mask, topk_ids) + 1) % NUM_EXPERTS
+
+
+class Heavy(HitLoop):
+    """Experts of little weight are left out."""
+
+    def experts(self, x, topk_ids, topk_weights):
+        self.weights = topk_weights
+        return super().experts(x, topk_ids, topk_weights)
+
+    def hits(self, mask, topk_ids):
+        weight = (mask * self.weights.T).sum(dim=(-1, -2))
+        return torch.greater(weight, 0.4).nonzero()
+
+
 HIT_LIST = HitListSpelling(
     name="hit_list",
     source="transformers 4.52 to 4.57: mixtral, qwen2_moe, qwen3_moe; eager experts of 5.x",
@@ -305,5 +331,8 @@ HIT_LIST = HitListSpelling(
         NearMiss(name="counts_visits", build=CountsVisits, code="ASSUMPTION"),
         NearMiss(name="last_rows", build=LastRows, code="ASSUMPTION"),
         NearMiss(name="keeps_the_second_sum", build=KeepsTheSecondSum, code="ASSUMPTION"),
+        NearMiss(name="every_other_token", build=EveryOtherToken, code="ASSUMPTION"),
+        NearMiss(name="shifted", build=Shifted, code="ASSUMPTION"),
+        NearMiss(name="heavy", build=Heavy, code="ASSUMPTION"),
     ),
 )

@@ -44,8 +44,9 @@ def linear_of_pairs(
 class Experts(Protocol):
     """The expert MLPs, as a reference sees them.
 
-    ``experts(rows, linear)`` applies all experts to ``rows [S, H]`` sorted or paired by the spelling; ``linear(rows,
-    weight [E, out, in], bias [E, out] or None) -> [S, out]`` is the spelling's way to apply a stack of weights.
+    ``experts(rows, linear)`` applies all experts to ``rows [S, H]`` sorted or paired by the spelling, or to ``[E, T,
+    H]``; ``linear(rows, weight [E, out, in], bias [E, out] or None) -> [.., out]`` is the spelling's way to apply a
+    stack of weights.
     ``for e, expert in experts`` visits them one by one; ``expert(rows [n, H]) -> [n, H]``.
     """
 
@@ -94,6 +95,8 @@ class ExpertsSpelling:
     loop: the reference visits experts one by one; its iteration is the pattern.
     ids_in_range: a fact under which the reference means something else than the fused op for ids outside ``[0, E)``,
         which the op ignores, or for an id twice in a row; with it, only ids of a top-k over E scores are matched.
+    dense: the reference computes every expert for every token.  The ids are of a top-k over E scores in any case, and
+        with the weight on the input the experts must give zero for zero: no biases, and a unit with unit(0, 0) = 0.
     """
 
     name: str
@@ -103,6 +106,7 @@ class ExpertsSpelling:
     facts: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
     loop: bool = False
     ids_in_range: str | None = None
+    dense: bool = False
     samples: tuple[Sample, ...] = ()
     near_misses: tuple[NearMiss, ...] = ()
 

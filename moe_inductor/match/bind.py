@@ -55,6 +55,7 @@ class Bound:
     """A proposed block.  Nothing here is proved yet.
 
     output [T, H]; x [.., H], topk_ids and topk_weights with T*k elements, each up to a reshape.
+    topk_weights: None where every chosen expert counts with weight 1.
     visited: expert ids in the order a loop adds them up; range(E) for the other spellings.
     traced: the experts of the passes that the graph holds, as in ``match.loop.Group``.
     """
@@ -65,7 +66,7 @@ class Bound:
     output: fx.Node
     x: fx.Node
     topk_ids: fx.Node
-    topk_weights: fx.Node
+    topk_weights: fx.Node | None
     gate_up: Weight
     up: Weight | None
     down: Weight
@@ -85,7 +86,10 @@ class Bound:
     def inputs(self) -> list[fx.Node]:
         """The tensors a fused block reads, in the order that ``prove.reference_of`` takes them."""
         weights = [n for w in self.projections if w is not None for n in (*w.nodes, *w.bias)]
-        return [self.x, self.topk_ids, self.topk_weights, *weights]
+        routing = (
+            [self.topk_ids] if self.topk_weights is None else [self.topk_ids, self.topk_weights]
+        )
+        return [self.x, *routing, *weights]
 
 
 def check_experts(moe: MoE, gate_up: Weight, up: Weight | None, down: Weight) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +25,8 @@ from moe_inductor.match.pieces import PROJECTIONS, Pieces, Shapes, experts_piece
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.canonical import Canonical, Folded
 from moe_inductor.region.nodes import location, value
+from moe_inductor.region.rows import are_distinct, hits, kept_of
+from moe_inductor.unit import parse
 
 # Casting GEMMs: their operands may differ in dtype in the model.
 _STACK = torch.ops.aten.stack.default
@@ -51,6 +52,23 @@ def propose(
             refused += failed
             if found:
                 yield found
+    refused += _replaced_rows(canonical)
+
+
+def _replaced_rows(canonical: Canonical) -> Iterator[Refusal]:
+    """Rows of an expert that are put into a sum where something may have been."""
+    for node in canonical.graph.nodes:
+        if node.target is not torch.ops.aten.index_put.default or len(node.args[1]) != 1:
+            continue
+        of_expert = hits(node.args[1][0])
+        if of_expert is None or _reads(node.args[2], node.args[0]):
+            continue
+        words = "rows of a token that has several experts are replaced, not added"
+        if value(of_expert[0]).shape[-1] == 1:
+            words = (
+                "a token that no expert takes (capacity) keeps what was there, which is not zero"
+            )
+        yield Refusal(Code.ACCUMULATOR, words, location(node))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,7 +135,9 @@ class _Attempt:
             for name in ("x", "topk_ids", "topk_weights"):
                 if name in part and bound.setdefault(name, part[name]) is not part[name]:
                     raise Refusal(Code.INPUTS_DIFFER, "", location(output))
-        if len(bound) < 3:
+        if not {"x", "topk_ids"} <= bound.keys() or (
+            "topk_weights" not in bound and self.facts.get("weight_on") != "nothing"
+        ):
             raise Refusal(Code.SPELLING, "", location(output))
         return Iteration(match, match.kwargs, unit, second, bound)
 
@@ -159,10 +179,11 @@ class _Attempt:
         moe = _describe(self.spelling, iteration.unit, weight_on, ids, group)
         self._check_trace(moe, iteration, group)
         check_experts(moe, group.gate_up, group.up, group.down)
-        if self.facts.get(self.spelling.ids_in_range or "") and not ids_in_range(
-            ids, moe.experts.num_experts
-        ):
+        needed = self.spelling.dense or self.facts.get(self.spelling.ids_in_range or "")
+        if needed and not ids_in_range(ids, moe.experts.num_experts):
             raise Refusal(Code.SPELLING, "ids may be out of range", location(group.output))
+        if self.spelling.dense and weight_on == "input":
+            _zero_gives_zero(moe, group)
         visited = group.visited or tuple(range(moe.experts.num_experts))
         return Bound(
             spelling=self.spelling,
@@ -171,7 +192,7 @@ class _Attempt:
             output=group.output,
             x=group.x,
             topk_ids=ids,
-            topk_weights=iteration.bound["topk_weights"],
+            topk_weights=iteration.bound.get("topk_weights"),
             gate_up=group.gate_up,
             up=group.up,
             down=group.down,
@@ -183,16 +204,30 @@ class _Attempt:
         """A pattern can match where a trace with other dtypes or with k > 1 is meant: leave it to that one."""
         T, H = value(group.output).shape
         x, ids = value(group.x), value(iteration.bound["topk_ids"])
+        weights = iteration.bound.get("topk_weights")
         fits = (
             x.dtype == self.shapes.x_dtype
             and moe.experts.weight_dtype == self.shapes.weight_dtype
-            and value(iteration.bound["topk_weights"]).dtype == self.shapes.routing_dtype
+            and (weights is None or value(weights).dtype == self.shapes.routing_dtype)
             and (moe.top_k == 1) == (self.shapes.top_k == 1)
             and (str(x.numel()) == str(T * H) or str(x.numel() // H) == str(T))
             and str(ids.numel()) == str(T * moe.top_k)
         )
         if not fits:
             raise Refusal(Code.SPELLING, "", location(group.output))
+
+
+def _reads(given: Any, base: Any) -> bool:
+    """Does the sum itself come into what is put into it, other than through a projection?"""
+    todo, seen = [given], set()
+    while todo:
+        node = todo.pop()
+        if node is base:
+            return True
+        if node not in seen and node.target is not torch.ops.aten.mm.default:
+            seen.add(node)
+            todo += node.all_input_nodes
+    return False
 
 
 def find_all(module: fx.GraphModule, pattern: Any) -> list[Match]:
@@ -281,7 +316,10 @@ def _describe(
             weight_dtype=matrix.dtype,
             compute_dtype=unit.dtype,
         ),
-        combine=Combine(weight_on=weight_on, out_dtype=value(group.output).dtype),
+        combine=Combine(
+            weight_on="input" if weight_on == "input" else "output",
+            out_dtype=value(group.output).dtype,
+        ),
     )
 
 
@@ -303,9 +341,15 @@ def _expr(size: Any) -> sympy.Expr:
 
 
 def ids_in_range(topk_ids: fx.Node, num_experts: int) -> bool:
-    """Are the ids positions among E scores, hence in ``[0, E)``?"""
-    pack = topk_ids.args[0] if topk_ids.target is operator.getitem else None
-    if not isinstance(pack, fx.Node) or pack.target is not torch.ops.aten.topk.default:
-        return False
-    scores, _, dim = (*pack.args, -1)[:3]
-    return isinstance(scores, fx.Node) and value(scores).shape[dim] == num_experts
+    """Are the ids of a token distinct positions among E scores, hence in ``[0, E)``?"""
+    return kept_of(topk_ids) is topk_ids and are_distinct(topk_ids, num_experts)
+
+
+def _zero_gives_zero(moe: MoE, group: Group) -> None:
+    """An expert that was not chosen reads zeros: it must give zeros.  Raises Refusal(PROOF)."""
+    where = location(group.output)
+    if group.gate_up.bias or group.down.bias:
+        raise Refusal(Code.PROOF, "experts that were not chosen give their biases", where)
+    unit, zero = parse(moe.experts.activation), torch.zeros(())
+    if unit(zero, zero if unit.gated else None).item() != 0:
+        raise Refusal(Code.PROOF, "experts that were not chosen do not give zeros", where)

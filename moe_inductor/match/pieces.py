@@ -47,7 +47,7 @@ _MARK = torch.ops.moe_inductor_match.mark.default
 
 @torch.library.register_fake("moe_inductor_match::hole", lib=_LIBRARY)
 def _hole(gate_up: torch.Tensor) -> torch.Tensor:
-    return gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2))
+    return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
 
 
 @torch.library.register_fake("moe_inductor_match::mark", lib=_LIBRARY)

@@ -46,6 +46,8 @@ def propose_routers(
 ) -> list[BoundRouter]:
     """Every known router that ``bound.topk_weights`` could be.  Raises Refusal(ROUTER) when there is none."""
     where = canonical.source_of(bound.topk_ids)
+    if bound.topk_weights is None:
+        raise Refusal(Code.ROUTER, "router not recognised (weights are applied elsewhere)", where)
     found: list[BoundRouter] = []
     refused: list[Refusal] = []
     finish, chosen = read(unviewed(bound.topk_weights), FINISH)

@@ -227,7 +227,7 @@ def _limited(node: fx.Node) -> tuple[Step, fx.Node] | None:
     if node.target is not aten.masked_fill.Scalar:
         return None
     source, mask, fill = node.args
-    scatter = _above(mask, aten.scatter.value)
+    scatter = _above(mask, aten.scatter.src)  # a number that is scattered is a full tensor of it
     index = node_arg(scatter, 2) if scatter is not None else None
     topk = index.args[0] if index is not None and index.args else None
     if not isinstance(topk, fx.Node) or topk.target is not aten.topk.default:

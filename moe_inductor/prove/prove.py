@@ -43,6 +43,7 @@ def prove_router(canonical: Canonical, bound: Bound, router: BoundRouter) -> Non
         )
         return run(router.finish, chosen), topk_ids
 
+    assert bound.topk_weights is not None  # such a router is not proposed
     outputs = [bound.topk_weights, bound.topk_ids]
     autocast = canonical.router_autocast
     _same(canonical, outputs, router.inputs(), reference, autocast, Code.ROUTER, views=True)
@@ -52,10 +53,11 @@ def reference_of(bound: Bound) -> Callable[..., torch.Tensor]:
     """The spelling's reference as a function of ``bound.inputs()`` and ``bound.index``."""
     moe = bound.moe
 
-    def reference(
-        x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, *weights: Any
-    ) -> torch.Tensor:
-        left: list[Any] = list(weights)
+    def reference(x: torch.Tensor, topk_ids: torch.Tensor, *others: Any) -> torch.Tensor:
+        left: list[Any] = list(others)
+        topk_weights = (
+            left.pop(0).reshape(-1, moe.top_k) if bound.topk_weights is not None else None
+        )
 
         def take(nodes: Sequence[fx.Node]) -> list[torch.Tensor]:
             taken, left[:] = left[: len(nodes)], left[len(nodes) :]
@@ -72,7 +74,7 @@ def reference_of(bound: Bound) -> Callable[..., torch.Tensor]:
         return bound.spelling.reference(
             x.reshape(-1, moe.experts.hidden_size),
             topk_ids.reshape(-1, moe.top_k),
-            topk_weights.reshape(-1, moe.top_k),
+            topk_weights,
             experts,
             **bound.facts,
         )

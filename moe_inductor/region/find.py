@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import fx
 
+from moe_inductor.region.dense import find_dense
 from moe_inductor.region.nodes import (
     has_unbacked,
     is_integral,
@@ -55,7 +56,7 @@ _VIEWS = frozenset(
         "view", "reshape", "unsqueeze", "squeeze", "flatten", "transpose", "permute", "t", "T", "mT", "expand",
         "contiguous", "clone", "to", "type", "float", "bfloat16", "half", "type_as", "repeat_interleave", "chunk",
         "split", "unbind", "select", "narrow", "getattr", "expand_as", "view_as", "detach", "getitem", "size",
-        "sym_size",
+        "sym_size", "repeat", "tile", "broadcast_to",
     }
 )  # fmt: skip
 _CONSTRUCTORS = frozenset(
@@ -128,10 +129,14 @@ def find_regions(graph: fx.Graph) -> list[Region]:
         # Rows of unknown number are nothing special by themselves: somebody must have chosen experts.
         if root is not None and not (root.op == "placeholder" and _multiplies_some_rows(node)):
             by_root.setdefault(root, []).append(node)
+    experts: dict[fx.Node, set[fx.Node]] = {}
+    for block in find_dense(graph, set(by_root)):
+        by_root[block.root] = block.anchors
+        experts[block.root] = block.experts
     regions = []
     for root, anchors in by_root.items():
-        later = [other for other in by_root if order[other] > order[root]]
-        regions.append(_grow(graph, root, anchors, order, _downstream(graph, later, order)))
+        later = _downstream(graph, [r for r in by_root if order[r] > order[root]], order)
+        regions.append(_grow(graph, root, anchors, order, later, experts.get(root, set())))
     return sorted(regions, key=lambda region: order[region.nodes[0]])
 
 
@@ -289,7 +294,9 @@ def _grow(
     anchors: list[fx.Node],
     order: dict[fx.Node, int],
     of_later_blocks: set[fx.Node],
+    experts: set[fx.Node],
 ) -> Region:
+    """experts: what they compute before they meet the choice, which ``root`` does not lead to."""
     after = [
         n
         for n in graph.nodes
@@ -314,7 +321,7 @@ def _grow(
             leads.add(node)
 
     # ... and what follows from the region alone.
-    members = {root} | leads
+    members = {root} | leads | experts
     reach = _Reach(members, chosen_count(root))
     for node in after:
         if node in chosen and node not in members and reach.admits(node):
@@ -354,8 +361,10 @@ class _Reach:
             return True
         if name_of(node) in _LIKE_ANOTHER:
             inputs = inputs[:1]  # of the other only its dtype or its shape
-        if not any(map(self._inside, inputs)) or name_of(node) in _GEMMS:
+        if not any(map(self._inside, inputs)):
             return False
+        if name_of(node) in _GEMMS:  # a product with the weights sums up what the experts gave
+            return len(inputs) > 1 and all(map(self._inside, inputs))
         if not all(self._inside(target) or _is_fresh(target) for target in mutated(node)):
             return (
                 False  # a counter that the model keeps: it stays where it is and reads the region

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +69,11 @@ def unbacked(item: Any) -> frozenset:
     if isinstance(item, (torch.Tensor, torch.SymInt, torch.SymBool, torch.SymFloat)):
         return frozenset(free_unbacked_symbols(item))
     return frozenset()
+
+
+def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Compared by how they are written: to ask a symbolic size for its value would add a guard."""
+    return [str(size) for size in a] == [str(size) for size in b]
 
 
 def has_unbacked(node: fx.Node) -> bool:

@@ -35,7 +35,7 @@ _COPIES = {
     aten.lift_fresh.default,
     aten._unsafe_view.default,
 }
-_RESHAPES = {
+RESHAPES = {
     aten.view.default,
     aten._unsafe_view.default,
     aten.reshape.default,
@@ -71,10 +71,13 @@ Rule = Callable[["Emitter", fx.Node, tuple, dict], Any]
 RULES: dict[Any, list[Rule]] = {}
 
 
-def rule(*targets: Any) -> Callable[[Rule], Rule]:
+def rule(*targets: Any, first: bool = False) -> Callable[[Rule], Rule]:
+    """Register a rule for nodes of these targets; ``first``: before those that are there."""
+
     def register(fn: Rule) -> Rule:
         for target in targets:
-            RULES.setdefault(target, []).append(fn)
+            rules = RULES.setdefault(target, [])
+            rules.insert(0 if first else len(rules), fn)
         return fn
 
     return register
@@ -155,9 +158,12 @@ class Emitter:
 
     # -- the three uniform spellings that rules build -------------------------------------------------------------
     def view(self, base: fx.Node, val: Any, origin: str | None) -> fx.Node:
-        """view(view(x, a), b) = view(x, b);  view(x, shape of x) = x"""
+        """view(view(x, a), b) = view(x, b);  view(x, shape of x) = x;  view(full(a, c), b) = full(b, c)"""
         if base.target is aten.view.default:
             base = node_arg(base, 0)
+        if base.target is aten.full.default:
+            args = (self.sizes(val), base.args[1])
+            return self.emit(aten.full.default, args, dict(base.kwargs), val, origin)
         if self.same_shape(value(base), val):
             return base
         return self.emit(aten.view.default, (base, self.sizes(val)), {}, val, origin)
@@ -171,7 +177,7 @@ class Emitter:
             base = base.args[0]  # type: ignore[assignment]
         if dims == sorted(dims):
             return base
-        moved = [d for d in dims if not _is_one(value(base).shape[d])]
+        moved = [d for d in dims if not is_one(value(base).shape[d])]
         # The dimensions of a one-hot mask must be told apart even where tokens and choices are one.
         if moved == sorted(moved) and not _is_mask(base):
             return self.view(base, val, origin)
@@ -269,7 +275,7 @@ def _note_bounds(out: Emitter, node: fx.Node, made: fx.Node) -> None:
 @rule(*_COPIES)
 def _copy(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     """clone(x) = x as a value; nothing in a canonical region is mutated."""
-    return None if node.target in _RESHAPES else args[0]
+    return None if node.target in RESHAPES else args[0]
 
 
 @rule(aten.detach.default)
@@ -281,17 +287,23 @@ def _detach(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 
 @rule(aten._to_copy.default)
 def _cast(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-    """cast(x, dtype of x) = x"""
-    source, made = value(args[0]), value(node)
+    return cast(out, args[0], value(node), node.meta.get("stack_trace"))
+
+
+def cast(out: Emitter, base: fx.Node, made: torch.Tensor, origin: str | None) -> fx.Node:
+    """cast(x, dtype of x) = x;  cast(cast(b, a), c) = cast(b, c) for a boolean b"""
+    if base.target is aten._to_copy.default and value(node_arg(base, 0)).dtype == torch.bool:
+        base = node_arg(base, 0)
+    source = value(base)
     if source.dtype == made.dtype and source.device == made.device:
-        return args[0]
-    kept = {"dtype": made.dtype} if source.dtype != made.dtype else {}
+        return base
+    kept: dict[str, Any] = {"dtype": made.dtype} if source.dtype != made.dtype else {}
     if source.device != made.device:
         kept["device"] = made.device
-    return out.emit(aten._to_copy.default, args[:1], kept, made, node.meta.get("stack_trace"))
+    return out.emit(aten._to_copy.default, (base,), kept, made, origin)
 
 
-@rule(*_RESHAPES)
+@rule(*RESHAPES)
 def _reshape(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     """unsqueeze, squeeze, flatten, reshape(x, ..) = view(x, shape of the result)
     view(slice(x, d, i, i + 1)) without dimension d = select(x, d, i)"""
@@ -305,7 +317,7 @@ def _reshape(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
             and end == start + 1
             and out.same_sizes(made.shape, shape[:dim] + shape[dim + 1 :])
         ):
-            return _row(out, source, dim, start, made, node.meta.get("stack_trace"))
+            return row_of(out, source, dim, start, made, node.meta.get("stack_trace"))
     return out.view(base, made, node.meta.get("stack_trace"))
 
 
@@ -383,7 +395,7 @@ def _part(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     if pack.target is aten.unbind.int:
         dim = rest[0] if rest else 0
         base = node_arg(pack, 0)
-        return _row(out, base, dim % value(base).dim(), position, made, origin)
+        return row_of(out, base, dim % value(base).dim(), position, made, origin)
     if pack.target in (aten.split.Tensor, aten.split_with_sizes.default):
         base = node_arg(pack, 0)
         dim = (rest[1] if len(rest) > 1 else 0) % value(base).dim()
@@ -402,20 +414,20 @@ def _select(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     dim %= len(shape)
     if isinstance(index, int) and index < 0 and isinstance(shape[dim], int):
         index += shape[dim]
-    return _row(out, base, dim, index, value(node), node.meta.get("stack_trace"))
+    return row_of(out, base, dim, index, value(node), node.meta.get("stack_trace"))
 
 
-def _row(out: Emitter, base: fx.Node, dim: int, index: Any, made: Any, origin: str | None) -> Any:
+def row_of(out: Emitter, base: fx.Node, dim: int, index: Any, made: Any, origin: str | None) -> Any:
     """select(x [.., 1, ..], d, 0) = view(x, ..) for what is computed; a weight's experts are selected, be there one
     select(view(x, s), d, i) = view(select(x, d, i), ..) where the view keeps the dimensions up to d"""
     if base.target is aten.view.default:
         inner = node_arg(base, 0)
         leading = value(inner).shape[: dim + 1]
         if len(leading) > dim and out.same_sizes(value(base).shape[: dim + 1], leading):
-            narrow = _row(out, inner, dim, index, value(inner).select(dim, 0), origin)
+            narrow = row_of(out, inner, dim, index, value(inner).select(dim, 0), origin)
             return out.view(narrow, made, origin)
     computed = base.op == "call_function" and base.target is not aten.permute.default
-    if computed and _is_one(value(base).shape[dim]):
+    if computed and is_one(value(base).shape[dim]):
         return out.view(base, made, origin)
     row = _one_hot_row(out, base, dim, index, made, origin)
     if row is not None:
@@ -438,7 +450,7 @@ def _one_hot_row(
     ids, numbers = node_arg(compared, 0), compared.args[1]
     if not isinstance(numbers, fx.Node) or numbers.target is not aten.arange.default:
         return None
-    if len(numbers.args) != 1 or value(ids).dim() != len(dims) or not _is_one(value(ids).shape[-1]):
+    if len(numbers.args) != 1 or value(ids).dim() != len(dims) or not is_one(value(ids).shape[-1]):
         return None
     if isinstance(index, int) and not 0 <= index < value(numbers).shape[0]:
         return None
@@ -452,22 +464,12 @@ def _one_hot_row(
     return out.emit(aten._to_copy.default, (row,), {"dtype": made.dtype}, made, origin)
 
 
-@rule(aten.nonzero.default)
-def _nonzero(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-    """nonzero(cast(b)) = nonzero(b) for a boolean b"""
-    cast = args[0]
-    if cast.target is not aten._to_copy.default or value(node_arg(cast, 0)).dtype != torch.bool:
-        return None
-    return out.emit(
-        aten.nonzero.default, cast.args[:1], {}, value(node), node.meta.get("stack_trace")
-    )
-
-
 @rule(aten.sum.dim_IntList, aten.sum.default, aten.any.default)
 def _count(out: Emitter, node: fx.Node, args: tuple[Any, ...], kwargs: dict) -> Any:
     """sum(permute(x, p), dims) = sum(x, p[dims]) for integers, where at most one dimension is left
     sum(x, every dimension) = sum(x);  sum(view(x)) = sum(x);  any(permute(x)) = any(view(x)) = any(x)
-    sum(cast(b, int64)) = sum(b);  any(cast(b)) = any(b) for a boolean b: integers add up in any order"""
+    any(any(x, d)) = any(x);  sum(cast(b, int64)) = sum(b);  any(cast(b)) = any(b) for a boolean b: integers add up in
+    any order"""
     made, base = value(node), args[0]
     if node.target is not aten.any.default and not is_integral(node):
         return None
@@ -476,14 +478,17 @@ def _count(out: Emitter, node: fx.Node, args: tuple[Any, ...], kwargs: dict) -> 
     rank = value(base).dim()
     given: Any = range(rank) if made.dim() == 0 else list(args)[-1]
     dims = sorted(d % rank for d in given)
-    while base.target in (aten._to_copy.default, aten.permute.default, aten.view.default):
+    peeled = [aten._to_copy.default, aten.permute.default, aten.view.default]
+    if node.target is aten.any.default:
+        peeled.append(aten.any.dim)
+    while base.target in peeled:
         inner = node_arg(base, 0)
         if base.target is aten.permute.default:
             order: Any = base.args[1]
             dims = sorted(order[d] for d in dims)
         elif base.target is aten.view.default and made.dim() == 0:
             dims = list(range(value(inner).dim()))
-        elif base.target is not aten._to_copy.default or value(inner).dtype != torch.bool:
+        elif value(inner).dtype != torch.bool or base.target is aten.view.default:
             break
         base = inner
     target = aten.any.default if node.target is aten.any.default else aten.sum.default
@@ -491,26 +496,6 @@ def _count(out: Emitter, node: fx.Node, args: tuple[Any, ...], kwargs: dict) -> 
     if made.dim() == 1:
         target, rest = aten.sum.dim_IntList, (dims,)
     return out.emit(target, (base, *rest), kwargs, made, node.meta.get("stack_trace"))
-
-
-@rule(aten.index.Tensor)
-def _index(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-    """index(x [1, n, ..], [None, i]) = view(index(view(x, [n, ..]), [i]), [1, ..])
-    index(x [.., 1], [i..]) = view(index(view(x, [..]), [i..]), [.., 1])"""
-    base, indices = args[0], list(args[1])
-    made, origin = value(node), node.meta.get("stack_trace")
-    shape = value(base).shape
-    inner = [ix for ix in indices if ix is not None]
-    if indices[:1] == [None] and len(inner) == len(indices) - 1 == 1 and _is_one(shape[0]):
-        narrow, gathered = value(base).squeeze(0), made.squeeze(0)
-    elif len(inner) == len(indices) < len(shape) and _is_one(shape[-1]):
-        narrow, gathered = value(base).squeeze(-1), made.squeeze(-1)
-    else:
-        return None
-    source = out.view(base, narrow, origin)
-    return out.view(
-        out.emit(aten.index.Tensor, (source, inner), {}, gathered, origin), made, origin
-    )
 
 
 @rule(aten.index_select.default)
@@ -555,7 +540,7 @@ def _repeated(index: fx.Node, base: torch.Tensor) -> fx.Node | None:
         return None
     column = node_arg(index, 0)
     shape = value(column).shape
-    narrow = len(shape) == 2 and _is_one(shape[1]) and str(shape[0]) == str(made.shape[0])
+    narrow = len(shape) == 2 and is_one(shape[1]) and str(shape[0]) == str(made.shape[0])
     if not narrow or str(made.shape[1]) != str(base.shape[-1]) or base.dim() != 2:
         return None
     return node_arg(column, 0) if column.target is aten.view.default else None
@@ -574,18 +559,24 @@ def _bias(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 
 @rule(*_PROMOTING)
 def _promote(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-    """a * b = cast(a, dtype of the result) * b, and so for +, - and /, where a has another floating dtype
-    a * view(b [n], [1, n]) = a * b where a has the result's shape
-    a * b = b * a, a + b = b + a: the operand that has the result's shape comes first, then an activation, then
-    what is not gathered"""
     if kwargs or len(args) != 2:
         return None
     if not all(isinstance(a, fx.Node) and isinstance(value(a), torch.Tensor) for a in args):
         return None
-    made, origin = value(node), node.meta.get("stack_trace")
-    a, b = (_row_of_ones(out, n, made) for n in args)
+    return arithmetic(out, node.target, args[0], args[1], value(node), node.meta.get("stack_trace"))
+
+
+def arithmetic(
+    out: Emitter, target: Any, a: fx.Node, b: fx.Node, made: torch.Tensor, origin: str | None
+) -> fx.Node:
+    """a * b = cast(a, dtype of the result) * b, and so for +, - and /, where a has another floating dtype
+    a * view(b [n], [1, n]) = a * b where a has the result's shape
+    a * b = b * a, a + b = b + a: the operand that has the result's shape comes first, then an activation, then
+    what is not gathered"""
+    given = (a, b)
+    a, b = (_row_of_ones(out, n, made) for n in given)
     if not any(out.same_shape(value(n), made) for n in (a, b)):
-        a, b = args
+        a, b = given
     a, b = (_promoted(out, n, made, origin) for n in (a, b))
     rank_a, rank_b = (
         (
@@ -595,9 +586,9 @@ def _promote(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         )
         for n in (a, b)
     )
-    if node.target in _COMMUTATIVE and rank_b < rank_a:
+    if target in _COMMUTATIVE and rank_b < rank_a:
         a, b = b, a
-    return out.emit(node.target, (a, b), {}, made, origin)
+    return out.emit(target, (a, b), {}, made, origin)
 
 
 def _row_of_ones(out: Emitter, node: fx.Node, made: torch.Tensor) -> fx.Node:
@@ -608,7 +599,7 @@ def _row_of_ones(out: Emitter, node: fx.Node, made: torch.Tensor) -> fx.Node:
     ones, last = value(node).shape[:-1], value(node).shape[-1:]
     if (
         value(base).dim() == 1
-        and all(map(_is_one, ones))
+        and all(map(is_one, ones))
         and out.same_sizes(value(base).shape, last)
     ):
         return base
@@ -632,7 +623,7 @@ def _is_mask(node: fx.Node) -> bool:
     return value(source).dtype == torch.bool
 
 
-def _is_one(size: Any) -> bool:
+def is_one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
 
 
@@ -706,3 +697,9 @@ def _key(item: Any) -> Any:
     if isinstance(item, FakeTensor):
         return id(item)
     return (type(item).__name__, repr(item))
+
+
+# They register their rules, with what stands above.
+from moe_inductor.region import rows as _rows  # noqa: E402, F401
+from moe_inductor.region import sparse as _sparse  # noqa: E402, F401
+from moe_inductor.region import stacks as _stacks  # noqa: E402, F401

@@ -66,7 +66,9 @@ def fuse_moe_blocks(
     modules = [m for m in gm.modules() if isinstance(m, fx.GraphModule)]
     assumed = Assumed(assumptions)
     for module in modules:
-        if not looks_like_moe(module.graph):
+        with _timed(report, "region"):
+            regions = find_regions(module.graph)
+        if not regions and not looks_like_moe(module.graph):
             router = router_only(module.graph)
             dense = dense_only(module.graph) if router is None else None
             if router is not None:
@@ -74,8 +76,6 @@ def fuse_moe_blocks(
             elif dense is not None:
                 report.blocks.append(_dense(dense))
             continue
-        with _timed(report, "region"):
-            regions = find_regions(module.graph)
         for region in regions:
             _fuse_region(module, region, report, options, assumed)
         if module is not gm:
@@ -233,7 +233,9 @@ def _router_only(node: fx.Node, uncaptured: Reason | None) -> BlockReport:
 
 
 def _dense(node: fx.Node) -> BlockReport:
-    words = "no known spelling: every expert is computed for every token"
+    words = (
+        "no known spelling: every expert is computed for every token, with scores that are not zero"
+    )
     reason = Reason(Code.SPELLING, words, location(node))
     return BlockReport(spelling="", fused=False, reason=reason, location=reason.location)
 
@@ -244,7 +246,7 @@ def _shapes(bound: Bound) -> dict[str, str]:
         "topk_ids": bound.topk_ids,
         "topk_weights": bound.topk_weights,
     }
-    return {name: str(list(value(node).shape)) for name, node in named.items()}
+    return {n: str(list(value(node).shape)) for n, node in named.items() if node is not None}
 
 
 @contextlib.contextmanager

@@ -23,13 +23,16 @@ from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.canonical import Canonical
 from moe_inductor.region.nodes import (
     is_floating,
+    is_tensor,
     location,
     mutated,
     name_of,
+    same_sizes,
     storages,
     value,
 )
 from moe_inductor.rewrite.liveness import erase_unneeded, needed
+from moe_inductor.rewrite.remake import Remake
 
 _EXPERTS = torch.ops.moe_inductor.fused_experts.default
 _ROUTING = torch.ops.moe_inductor.topk_routing.default
@@ -69,34 +72,36 @@ class Rewriter:
 
     def _readable(self, node: fx.Node, position: int) -> fx.Node:
         """A Dynamo node that has the value of ``node`` at ``position``."""
-        for holder in self.holders(node):
-            if self.ready(holder) <= position:
-                return holder
-        raise Refusal(
-            Code.MUTATION,
-            "an operand of the block exists only in a tensor that is written to again",
-            self.canonical.source_of(node),
-        )
+        found = self._holder(node, position)
+        if found is None:
+            raise Refusal(
+                Code.MUTATION,
+                "an operand of the block exists only in a tensor that is written to again",
+                self.canonical.source_of(node),
+            )
+        return found
+
+    def _holder(self, node: fx.Node, position: int) -> fx.Node | None:
+        return next((h for h in self.holders(node) if self.ready(h) <= position), None)
 
     # -- the experts -------------------------------------------------------------------------------------------------
     def fuse_experts(self, bound: Bound) -> fx.Node:
         """Replace the block's output by one call of ``fused_experts``.  Raises Refusal(ESCAPES, MUTATION, LAYOUT)."""
-        outputs = self.holders(bound.output)
-        if not outputs:
-            raise Refusal(Code.MUTATION, "the block's output is never held by the model", "")
+        outputs = self._outputs(bound.output)
         position = min(self.ready(h) for h in outputs)
         (after,) = (n for n in self.graph.nodes if self.order[n] == position)
-        inputs = {n: self._readable(n, position) for n in bound.inputs()}
+        remake = Remake(self.canonical, lambda node: self._holder(node, position))
+        for operand in bound.inputs():
+            remake.plan(operand)
         made = value(outputs[0])
         if not made.is_contiguous():
             raise Refusal(Code.LAYOUT, "the block's output is not contiguous", location(outputs[0]))
 
         replaced = self._takes_over(outputs, position)
         keep = needed(self.canonical.region, replaced)
-        self._keep_operands(keep, inputs.values())
-        self._no_escape(bound, keep)
+        self._keep_operands(keep, remake.read)
+        self._no_escape(bound, keep, outputs)
 
-        x, ids, weights = (inputs[n] for n in (bound.x, bound.topk_ids, bound.topk_weights))
         moe = bound.moe
         dtype = moe.experts.compute_dtype
 
@@ -106,10 +111,17 @@ class Rewriter:
         with self.graph.inserting_after(after):
             anchor = self.graph.call_function(_EXPERTS, ())
         with self.graph.inserting_before(anchor):
+            inputs = {n: remake.emit(self.graph, n, self._finish) for n in bound.inputs()}
+            x, ids = inputs[bound.x], self._matrix(inputs[bound.topk_ids], moe.top_k)
+            if bound.topk_weights is not None:
+                weights = self._matrix(inputs[bound.topk_weights], moe.top_k)
+            else:  # every chosen expert counts once
+                weights = self.graph.call_function(torch.ones_like, (ids,), {"dtype": dtype})
+                self._finish(weights, ids)
             anchor.args = (
                 self._cast(self._matrix(x, moe.experts.hidden_size), dtype),
-                self._matrix(ids, moe.top_k),
-                self._matrix(weights, moe.top_k),
+                ids,
+                weights,
                 *each(lambda w: self._weights(w, inputs, dtype)),
                 moe.experts.activation,
                 moe.combine.out_dtype,
@@ -118,9 +130,43 @@ class Rewriter:
                 moe.combine.weight_on == "input",
             )
         self._finish(anchor, outputs[0])
-        self._redirect(outputs, anchor, replaced)
+        with self.graph.inserting_after(anchor):
+            self._redirect(outputs, self._as_held(anchor, outputs[0]), replaced)
         erase_unneeded(self.canonical.region, keep)
         return anchor
+
+    def _outputs(self, output: fx.Node) -> list[fx.Node]:
+        """The holders of the block's output [T, H], or, where the model has none, of the first view of it."""
+        views = [n for n in output.users if n.target is torch.ops.aten.view.default]
+        held = [holders for n in (output, *views) if (holders := self.holders(n))]
+        if not held:
+            raise Refusal(Code.MUTATION, "the block's output is never held by the model", "")
+        if not self.holders(output):
+            held.sort(key=lambda holders: min(map(self.ready, holders)))
+        if self._like(held[0][0], value(output)) is None:
+            raise Refusal(Code.LAYOUT, "the shape of the block's output is not known", "")
+        return held[0]
+
+    def _like(self, holder: fx.Node, made: torch.Tensor) -> list[int] | fx.Node | None:
+        """What tells the shape of ``holder``: sizes, of which one may be -1, or a tensor that comes before it."""
+        shape = value(holder).shape
+        sizes = [size if isinstance(size, int) else -1 for size in shape]
+        if sizes.count(-1) <= 1 or same_sizes(shape, made.shape):
+            return sizes
+        inputs = self.canonical.region.inputs
+        return next((n for n in inputs if is_tensor(n) and same_sizes(value(n).shape, shape)), None)
+
+    def _as_held(self, result: fx.Node, holder: fx.Node) -> fx.Node:
+        """``result [T, H]`` in the shape of ``holder``."""
+        if same_sizes(value(result).shape, value(holder).shape):
+            return result
+        like = self._like(holder, value(result))
+        if isinstance(like, fx.Node):
+            new = self.graph.call_method("view_as", (result, like))
+        else:
+            new = self.graph.call_method("reshape", (result, like))
+        self._finish(new, holder)
+        return new
 
     def _takes_over(self, holders: list[fx.Node], position: int) -> Any:
         held = set(holders)
@@ -146,7 +192,7 @@ class Rewriter:
             todo += [a for a in node.all_input_nodes if a in members]
             todo += [w for s in storages(node) for w in self.writes.get(s, ())]
 
-    def _no_escape(self, bound: Bound, keep: set[fx.Node]) -> None:
+    def _no_escape(self, bound: Bound, keep: set[fx.Node], outputs: list[fx.Node]) -> None:
         """Nothing that an expert computes may be read outside: it would have to be computed twice."""
         weights = {n for w in bound.projections if w for n in (*w.nodes, *w.bias)}
         boundary = {bound.x, bound.topk_ids, bound.topk_weights}
@@ -173,11 +219,7 @@ class Rewriter:
             if not computed or node is bound.output or node.target in views:
                 continue
             for holder in self.canonical.dynamo_of.get(node, ()):
-                if (
-                    holder in keep
-                    and is_floating(holder)
-                    and holder not in self.holders(bound.output)
-                ):
+                if holder in keep and is_floating(holder) and holder not in outputs:
                     raise Refusal(
                         Code.ESCAPES,
                         f"`{holder.name}`, computed inside the experts, is also read outside",
@@ -216,6 +258,7 @@ class Rewriter:
     # -- the router --------------------------------------------------------------------------------------------------
     def fuse_router(self, bound: Bound, router: BoundRouter) -> fx.Node:
         """Replace topk_weights and topk_ids by one call of ``topk_routing``.  Raises Refusal(ROUTER, MUTATION)."""
+        assert bound.topk_weights is not None  # such a router is not proposed
         held = {0: self.holders(bound.topk_weights), 1: self.holders(bound.topk_ids)}
         start = min(self.order[h] for hs in held.values() for h in hs)
         operands = [self._readable(n, start - 1) for n in router.inputs()]

@@ -5,13 +5,16 @@ Nothing here names a pattern.  A new file in patterns/ is tested because it is t
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import zlib
+from collections import Counter
 
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
+from census import results
 from moe_inductor.match.api import (
     ChosenSpelling,
     ExpertsSpelling,
@@ -21,9 +24,11 @@ from moe_inductor.match.api import (
     combinations,
     discover,
 )
+from moe_inductor.match.experts import propose
 from moe_inductor.match.pieces import PROJECTIONS, Shapes, experts_pieces, router_piece
 from moe_inductor.prove import assumptions
-from moe_inductor.reasons import Code
+from moe_inductor.prove.prove import prove_experts
+from moe_inductor.reasons import Code, Refusal
 from moe_inductor.rewrite import pipeline
 from tests.oracle import assert_within_fp64_rule
 
@@ -148,13 +153,49 @@ def test_near_miss_is_refused_with_its_reason(spelling, miss, rewritten):
         torch.testing.assert_close(mine, theirs, rtol=bound, atol=bound)
 
 
-def test_every_spelling_has_samples_and_ten_near_misses_exist():
-    assert all(s.samples for s in SPELLINGS if s.name != "hf_grouped_mm_fallback")
-    assert len(NEAR_MISSES) >= 10
+# Spellings that are near to each other share their near misses, and so do those without samples of their own.
+FAMILIES = {
+    "hit_list": "hit list",
+    "chosen_test": "hit list",
+    "hf_grouped_mm_fallback": "hf_grouped_mm",
+    "gathered_einsum": "hf_batched_mm",
+}
+
+
+def test_every_family_of_patterns_has_near_misses():
+    counted: Counter[str] = Counter()
+    for s in SPELLINGS:
+        if not isinstance(s, RouterSpelling):
+            counted[FAMILIES.get(s.name, s.name)] += len(s.near_misses)
+    assert min(counted.values()) >= 25, counted
+
+
+def test_every_spelling_is_used():
+    """By a sample, or where its operators come with a package, by a model of the census."""
+    recorded = (row for file in results.FOLDER.glob("*.json") for row in results.load(file)["rows"])
+    fused = {name for row in recorded for name in row.get("spelling", "").split(", ")}
+    unused = [s.name for s in SPELLINGS if not s.samples and s.name not in fused]
+    assert not unused
+
+
+def _others(canonical, known: ExpertsSpelling) -> list[str]:
+    """The spellings of experts that are proved of one normal form, besides the one that is known to be."""
+    names = set()
+    for spelling in SPELLINGS:
+        if not isinstance(spelling, ExpertsSpelling) or spelling is known:
+            continue
+        for proposed in propose(canonical, [spelling], []):
+            for bound in proposed:
+                with contextlib.suppress(Refusal):
+                    prove_experts(canonical, bound)
+                    names.add(spelling.name)
+    return sorted(names)
 
 
 @pytest.mark.parametrize("spelling", [s for s in SPELLINGS if s.samples], ids=lambda s: s.name)
-def test_every_fact_value_is_proved_by_a_sample(spelling, rewritten, monkeypatch):
+def test_every_fact_value_is_proved_by_a_sample_and_by_one_spelling(
+    spelling, rewritten, monkeypatch
+):
     """A fact value that no sample needs is untested, and dead weight in every compile."""
     used: list[dict[str, object]] = []
     stage, name = {
@@ -172,9 +213,19 @@ def test_every_fact_value_is_proved_by_a_sample(spelling, rewritten, monkeypatch
         return proved
 
     monkeypatch.setattr(stage, name, spy)
+    claimed: list[str] = []
+    rewrite = pipeline.Rewriter.fuse_experts
+
+    def look(self, bound):
+        claimed.append(bound.spelling.name)
+        assert not _others(self.canonical, bound.spelling), "a graph is claimed by two patterns"
+        return rewrite(self, bound)
+
+    monkeypatch.setattr(pipeline.Rewriter, "fuse_experts", look)
     for sample in spelling.samples:
         dtype = sample.dtypes[-1]
         rewritten(sample.build().to(dtype))(torch.randn(T, 32, dtype=dtype))
+    assert len(claimed) >= len(spelling.samples)
     # Two values may trace alike on a CPU and differ on a GPU (softmax of half precision into fp32).
     proved = {_trace_of(spelling, facts) for facts in used}
     for fact, values in spelling.facts.items():

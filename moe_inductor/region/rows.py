@@ -1,0 +1,295 @@
+"""Rules about rows that are picked by a mask: the ways to write "the tokens of expert e" become one.
+
+The uniform spelling is ``token = nonzero(ids == e)[:, 0]`` for ids [T, k], and a sum over experts is ``index_add``.
+Where an equation needs it, it is shown that the ids of a token are distinct: then a token occurs once among the rows of
+an expert.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from moe_inductor.region.nodes import node_arg, same_sizes, value
+from moe_inductor.region.normalise import Emitter, is_one, row_of, rule
+
+aten = torch.ops.aten
+
+
+@rule(aten.index.Tensor)
+def _masked(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """index(x, [mask]) = index(view(x), [nonzero(view(mask))]) for a boolean mask over the leading dimensions"""
+    base, indices = args[0], list(args[1])
+    if len(indices) != 1 or not _is_mask(indices[0]):
+        return None
+    made, origin = value(node), node.meta.get("stack_trace")
+    rows = _rows(out, indices[0], made.shape[0], origin)
+    return index_of(out, _flat(out, base, indices[0], origin), [rows], made, origin)
+
+
+@rule(aten.index.Tensor)
+def _index(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    return index_of(out, args[0], list(args[1]), value(node), node.meta.get("stack_trace"))
+
+
+def index_of(
+    out: Emitter, base: fx.Node, indices: list[Any], made: torch.Tensor, origin: str | None
+) -> fx.Node:
+    """index(x [1, n, ..], [None, i]) = view(index(view(x, [n, ..]), [i]), [1, ..])
+    index(x [.., 1], [i..]) = view(index(view(x, [..]), [i..]), [.., 1])
+    index(x [n, 1], [i, j]) = index(view(x, [n]), [i])
+    index(scatter(zeros [T, E], 1, ids, w)[:, e], [token]) = index(w, [token, slot])
+        where (token, slot) = nonzero(ids == e), also where some ids of the right hand side have been replaced by -1"""
+    score = _own_score(out, base, indices)
+    if score is not None:
+        base, indices = score
+    shape = value(base).shape
+    inner = [ix for ix in indices if ix is not None]
+    if len(indices) == len(shape) == 2 and len(inner) == 2 and is_one(shape[1]):
+        source = out.view(base, value(base).squeeze(-1), origin)
+        return out.emit(aten.index.Tensor, (source, inner[:1]), {}, made, origin)
+    if indices[:1] == [None] and len(inner) == len(indices) - 1 == 1 and is_one(shape[0]):
+        narrow, gathered = value(base).squeeze(0), made.squeeze(0)
+    elif len(inner) == len(indices) < len(shape) and is_one(shape[-1]):
+        narrow, gathered = value(base).squeeze(-1), made.squeeze(-1)
+    else:
+        return out.emit(aten.index.Tensor, (base, indices), {}, made, origin)
+    source = out.view(base, narrow, origin)
+    return out.view(index_of(out, source, inner, gathered, origin), made, origin)
+
+
+def _own_score(
+    out: Emitter, base: fx.Node, indices: list[Any]
+) -> tuple[fx.Node, list[fx.Node]] | None:
+    """What is read, and where, in the left hand side of the last equation of ``index_of``."""
+    if len(indices) != 1 or base.target is not aten.select.int or base.args[1] != 1:
+        return None
+    of_expert = hits(indices[0])
+    matrix = node_arg(base, 0)
+    if of_expert is None or base.args[2] != of_expert[1] or matrix.target is not aten.scatter.src:
+        return None
+    ids, scores = node_arg(matrix, 2), node_arg(matrix, 3)
+    if matrix.args[1] != 1 or kept_of(of_expert[0]) is not kept_of(ids):
+        return None
+    fits = same_sizes(value(scores).shape, value(ids).shape)
+    if not fits or not are_distinct(ids, value(matrix).shape[1]):
+        return None
+    token = indices[0]
+    pairs = node_arg(token, 0)
+    listed = value(token)
+    slot = row_of(out, pairs, 1, 1 - token.args[2], listed, token.meta.get("stack_trace"))
+    return scores, [token, slot]
+
+
+@rule(aten.index_put.default)
+def _put(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """index_put(x, [mask], y) = index_put(view(x), [nonzero(view(mask))], y) for a boolean mask
+    index_put(x, [i], y, accumulate) = index_add(x, 0, i, y)
+    index_put(x, [i], index(x, [i]) + y) = index_add(x, 0, i, y) for distinct i
+    index_put(x, [i], y) = index_add(x, 0, i, y) where the rows i of x are zero"""
+    base, indices, given = args[0], list(args[1]), args[2]
+    accumulate = len(args) > 3 and args[3] is True
+    made, origin = value(node), node.meta.get("stack_trace")
+    if len(indices) != 1 or not isinstance(given, fx.Node):
+        return None
+    (rows,) = indices
+    if _is_mask(rows):
+        base = _flat(out, base, rows, origin)
+        rows = _rows(out, rows, value(given).shape[0] if value(given).dim() else None, origin)
+    elif value(rows).dim() != 1 or value(rows).dtype not in (torch.int32, torch.int64):
+        return None
+    found = value(base)
+    if rows is None or value(given).dim() != found.dim():
+        return None
+    added = given if accumulate else _increment(out, base, rows, given)
+    if added is None and _are_zero(base, rows):
+        added = given
+    if added is None or value(added).dtype != found.dtype:
+        return out.view(
+            out.emit(aten.index_put.default, (base, [rows], *args[2:]), {}, found, origin),
+            made,
+            origin,
+        )
+    total = out.emit(aten.index_add.default, (base, 0, rows, added), {}, found, origin)
+    return out.view(total, made, origin)
+
+
+def _increment(out: Emitter, base: fx.Node, rows: fx.Node, given: fx.Node) -> fx.Node | None:
+    """``y`` where ``given`` is ``index(base, [rows]) + y`` and no row occurs twice."""
+    if given.target is not aten.add.Tensor or len(given.args) != 2 or not occur_once(rows):
+        return None
+    for mine, other in (given.args, given.args[::-1]):
+        if (
+            isinstance(mine, fx.Node)
+            and isinstance(other, fx.Node)
+            and mine.target is aten.index.Tensor
+            and mine.args[0] is base
+            and list(mine.args[1]) == [rows]  # type: ignore[call-overload]
+            and out.same_shape(value(other), value(mine))
+        ):
+            return other
+    return None
+
+
+def _are_zero(base: fx.Node, rows: fx.Node) -> bool:
+    """Were the rows of other experts the only ones that were added to zeros?
+
+    One expert per token: then the rows of different experts have no token in common.
+    """
+    of_expert = hits(rows)
+    if of_expert is None or value(of_expert[0]).shape[-1] != 1:
+        return False
+    ids, *seen = of_expert
+    for step in index_chain(base):
+        other = hits(node_arg(step, 2))
+        # Of two symbolic experts it is not known that they are different ones.
+        if other is None or other[0] is not ids or not _is_another(other[1], seen):
+            return False
+        seen.append(other[1])
+        base = node_arg(step, 0)
+    return base.target is aten.full.default and bool(base.args[1] == 0)
+
+
+def _is_another(e: Any, seen: list[Any]) -> bool:
+    return all(type(other) is int for other in (e, *seen)) and e not in seen
+
+
+def _is_mask(node: Any) -> bool:
+    return isinstance(node, fx.Node) and value(node).dtype == torch.bool
+
+
+def _flat(out: Emitter, base: fx.Node, mask: fx.Node, origin: str | None) -> fx.Node:
+    """``base`` with the dimensions of ``mask`` put into one."""
+    found, rank = value(base), value(mask).dim()
+    return out.view(base, found.reshape(-1, *found.shape[rank:]), origin)
+
+
+def _rows(out: Emitter, mask: fx.Node, count: Any, origin: str | None) -> fx.Node:
+    """``nonzero(mask)`` as ``[n]``; count: n."""
+    flat = out.view(mask, value(mask).reshape(-1), origin)
+    found = value(flat)
+    listed = found.new_empty((count, 1), dtype=torch.int64)
+    return rows_of(out, flat, listed, origin)
+
+
+def rows_of(out: Emitter, mask: fx.Node, listed: torch.Tensor, origin: str | None) -> fx.Node:
+    """view(nonzero(any(ids == e, 1)), [n]) = nonzero(ids == e)[:, 0] for ids [T, k] that are distinct in each row
+    view(nonzero(ids == e), [n]) = nonzero(view(ids, [T, 1]) == e)[:, 0] for ids [T]"""
+    inner = node_arg(mask, 0) if mask.target is aten.view.default else mask
+    any_slot = inner.target is aten.any.dim and inner.args[1:] == (value(inner).dim(),)
+    compared = node_arg(inner, 0) if any_slot else inner
+    if compared.target is aten.eq.Scalar:
+        ids, e = node_arg(compared, 0), compared.args[1]
+        width = value(ids).shape[-1] if any_slot else 1
+        if not any_slot or are_distinct(ids):
+            ids = out.view(ids, value(ids).reshape(-1, width), origin)
+            hit = torch.empty_like(value(ids), dtype=torch.bool)
+            compared = out.emit(aten.eq.Scalar, (ids, e), {}, hit, origin)
+            pairs = listed.new_empty((listed.shape[0], 2))
+            pairs_of = out.emit(aten.nonzero.default, (compared,), {}, pairs, origin)
+            return row_of(out, pairs_of, 1, 0, listed.squeeze(-1), origin)
+    found = out.emit(aten.nonzero.default, (mask,), {}, listed, origin)
+    return out.view(found, listed.squeeze(-1), origin)
+
+
+@rule(aten.nonzero.default)
+def _nonzero(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """nonzero(cast(b)) = nonzero(b) for a boolean b"""
+    cast = args[0]
+    if cast.target is not aten._to_copy.default or value(node_arg(cast, 0)).dtype != torch.bool:
+        return None
+    return out.emit(
+        aten.nonzero.default, cast.args[:1], {}, value(node), node.meta.get("stack_trace")
+    )
+
+
+@rule(aten.nonzero.default)
+def _nonzero_of_one(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """nonzero(mask [T]) = view(its rows, [n, 1])"""
+    mask, made = args[0], value(node)
+    if value(mask).dim() != 1 or value(mask).dtype != torch.bool:
+        return None
+    origin = node.meta.get("stack_trace")
+    return out.view(rows_of(out, mask, made, origin), made, origin)
+
+
+# -- what is known about ids ------------------------------------------------------------------------------------------
+
+
+def hits(rows: fx.Node) -> tuple[fx.Node, Any] | None:
+    """(ids [T, k], e) where ``rows`` are the tokens of ``nonzero(ids == e)``, whichever way round that was written."""
+    if rows.target is not aten.select.int or rows.args[1] != 1:
+        return None
+    pairs, tokens = node_arg(rows, 0), 0
+    if pairs.target is not aten.nonzero.default:
+        return None
+    compared = node_arg(pairs, 0)
+    if compared.target is aten.permute.default and compared.args[1] == [1, 0]:
+        compared, tokens = node_arg(compared, 0), 1
+    if compared.target is not aten.eq.Scalar or rows.args[2] != tokens:
+        return None
+    ids = node_arg(compared, 0)
+    return (ids, compared.args[1]) if value(ids).dim() == 2 else None
+
+
+def occur_once(rows: fx.Node) -> bool:
+    """Is no row listed twice?"""
+    found = hits(rows)
+    if found is not None:
+        return are_distinct(found[0])
+    listed = node_arg(rows, 0) if rows.target is aten.view.default else rows
+    return listed.target is aten.nonzero.default and value(node_arg(listed, 0)).dim() == 1
+
+
+def are_distinct(ids: fx.Node, below: Any = None) -> bool:
+    """Are the ids [.., k] of a token all different, and in ``[0, below)``, apart from negative ones?"""
+    ids = kept_of(ids)
+    if below is None and value(ids).shape[-1] == 1:
+        return True
+    while ids.target is aten.view.default and _keeps_last(ids):
+        ids = node_arg(ids, 0)
+    source = chosen_from(ids)
+    if source is None:
+        return False
+    scores, dim = source
+    return below is None or same_sizes([value(scores).shape[dim]], [below])
+
+
+def kept_of(ids: fx.Node) -> fx.Node:
+    """``ids`` where some have been replaced by -1."""
+    while ids.target is aten.where.ScalarOther and ids.args[2] == -1:
+        ids = node_arg(ids, 1)
+    return ids
+
+
+def _keeps_last(view: fx.Node) -> bool:
+    return same_sizes(value(view).shape[-1:], value(node_arg(view, 0)).shape[-1:])
+
+
+def chosen_from(ids: fx.Node) -> tuple[fx.Node, int] | None:
+    """(scores, dim) of a top-k along the last dimension, or of an argmax, whose positions ``ids`` are."""
+    if ids.target is aten.view.default and value(ids).shape[-1] == 1:
+        ids = node_arg(ids, 0)
+    pack = ids.args[0] if ids.target is operator.getitem and ids.args[1] == 1 else ids
+    if not isinstance(pack, fx.Node):
+        return None
+    args: list[Any] = [*pack.args]
+    if pack.target is aten.topk.default:
+        dim = args[2] if len(args) > 2 else -1
+    elif pack.target in (aten.argmax.default, aten.max.dim) and len(args) > 1:
+        dim = args[1]
+    else:
+        return None
+    rank = value(args[0]).dim()
+    return (args[0], dim % rank) if dim % rank == rank - 1 else None
+
+
+def index_chain(node: fx.Node) -> Iterator[fx.Node]:
+    """The sums that ``node`` was made of, last first."""
+    while node.target is aten.index_add.default:
+        yield node
+        node = node_arg(node, 0)
