@@ -287,6 +287,8 @@ def _describe(
     spelling: ExpertsSpelling, unit: Gated, weight_on: Any, topk_ids: fx.Node, group: Group
 ) -> MoE:
     where = location(group.output)
+    if value(group.output).dim() != 2:  # a view of what is [T, H], which is a match of its own
+        raise Refusal(Code.SPELLING, "the sum over the experts is not [T, H]", where)
     T, H = value(group.output).shape
     gate_up, down = group.gate_up, group.down
     matrix = value(down.nodes[0])

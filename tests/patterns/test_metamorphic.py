@@ -30,14 +30,14 @@ T = 12
 NOISE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "reshape": lambda t: t.reshape(-1).view(t.shape).unsqueeze(0).squeeze(0),
     "new_axis": lambda t: t[None, ..., None][0, ..., 0],
-    "transpose": lambda t: t.t().t(),
+    "transpose": lambda t: t.transpose(-2, -1).mT,
     "clone": lambda t: t.contiguous().clone(),
     "cast": lambda t: t.to(t.dtype).type_as(t),
-    "slice": lambda t: t[:, : t.shape[-1]][0:],
+    "slice": lambda t: t[..., : t.shape[-1]][0:],
     "chunk": lambda t: torch.cat(t.chunk(1, dim=-1)),
-    "expand": lambda t: t.expand_as(t).expand(-1, -1),
+    "expand": lambda t: t.expand_as(t).expand(t.shape),
     "dropout": lambda t: nn.functional.dropout(t, 0.0, training=False),
-    "permute": lambda t: t.unflatten(-1, (1, -1)).permute(1, 0, 2).squeeze(0),
+    "permute": lambda t: t.unflatten(-1, (1, -1)).movedim(-2, 0).squeeze(0),
 }
 EDGES = ("input", "logits", "weights", "ids", "rows", "gate_up", "hidden", "sum", "output")
 
