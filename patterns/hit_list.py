@@ -101,6 +101,17 @@ class ColumnOfScores(HitLoop):
         return out
 
 
+class ViewsItsWeights(HitLoop):
+    """dbrx of transformers 5.x: every pass views the flat weights of all experts anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj = torch.nn.Parameter(self.gate_up_proj.detach().flatten(0, 1))
+
+    def linear(self, rows, weight, bias, e):
+        return super().linear(rows, weight.view(NUM_EXPERTS, -1, weight.shape[-1]), bias, e)
+
+
 class OutOfPlace(HitLoop):
     def experts(self, x, topk_ids, topk_weights):
         out, mask = self.start(x), self.mask(topk_ids)
@@ -314,6 +325,7 @@ HIT_LIST = HitListSpelling(
         Sample(name="spare_class", build=SpareClass),
         Sample(name="column_of_scores", build=ColumnOfScores),
         Sample(name="out_of_place", build=OutOfPlace),
+        Sample(name="views_its_weights", build=ViewsItsWeights, brief=True),
         Sample(name="skips_empty", build=SkipsEmpty),
         Sample(name="if_any", build=IfAny),
     ),

@@ -38,7 +38,13 @@ FUNCTIONS: dict[object, str] = {
     aten.sub.Scalar: "sub",
 }
 # What only a first projection, or a cut through one, can be: this one was not recognised.
-_RESULTS = {aten.mm.default, aten.bmm.default, aten.view.default, aten.slice.Tensor}
+_RESULTS = {
+    aten.mm.default,
+    aten.bmm.default,
+    aten.view.default,
+    aten.slice.Tensor,
+    aten.index.Tensor,
+}
 _CASTS = {dtype: name for name, dtype in CASTS.items()}
 
 # What a first projection has bound, or None where a node is not the result of one.

@@ -52,9 +52,9 @@ _ONEDNN_ELEMENTS = 1 << 16
 _Group = tuple[int, int, int]
 
 
-def topk_routing(*args: Any) -> tuple[Tensor, Tensor]:
+def topk_routing(*args: Any, **facts: Any) -> tuple[Tensor, Tensor]:
     """See ``moe_inductor.ops.topk_routing``.  The ATen calls that the models make, so the same ids."""
-    call = Routing(*args)
+    call = Routing(*args, **facts)
     check_routing(call)
     compute = call.compute_dtype
     choice = scores_for_choice(call)

@@ -31,13 +31,13 @@ def topk_routing(
     bias: Tensor | None = None,
     score: str = "softmax",
     weight: str = "softmax",
-    epsilon: float = 0.0,
+    epsilon: float = 0,
     minimum: float | None = None,
-    scale: float = 1.0,
+    scale: float = 1,
     groups: int = 1,
     kept_groups: int = 1,
     group_score: str = "max",
-    fill: float = 0.0,
+    fill: float = 0,
     fill_weights: bool = False,
     score_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -72,6 +72,7 @@ def topk_routing(
         ValueError: wrong rank or bias, k outside 1..E, groups that do not divide E, an unknown score.
         TypeError: a dtype that the op does not take.
     """
+    # 0 and 1 and not 0.0 and 1.0 above: under dynamic=True Dynamo leaves float defaults open and compiles once more.
     return torch.ops.moe_inductor.topk_routing.default(
         router_logits, k, renormalise, weights_dtype, bias, score, weight, epsilon, minimum, scale, groups,
         kept_groups, group_score, fill, fill_weights, score_dtype,

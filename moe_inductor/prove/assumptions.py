@@ -44,7 +44,9 @@ from moe_inductor.region.canonical import Canonical, trace
 from moe_inductor.region.find import Region
 from moe_inductor.region.fold import Fold, fold, fold_rolled, sum_steps
 from moe_inductor.region.nodes import (
+    has_unbacked,
     is_integral,
+    is_tensor,
     mutated,
     name_of,
     storages,
@@ -111,7 +113,7 @@ class Assumed:
             a
             for a in self.all
             if a not in self.proved
-            or any(n in alive and not _switches_mode(n) for p in a.passes for n in p.nodes)
+            or any(n in alive and not _says_nothing(n) for p in a.passes for n in p.nodes)
             or any(n in alive for n in _indices(a))
         ]
 
@@ -377,6 +379,23 @@ def _effects(one: Pass, assumption: Assumption) -> list[fx.Node]:
             )
         found.add(after)
     return [n for n in one.nodes if n in found]
+
+
+def _says_nothing(node: fx.Node) -> bool:
+    return _switches_mode(node) or _views_an_input(node)
+
+
+def _views_an_input(node: fx.Node) -> bool:
+    """A view of a graph input is what it is, whichever passes are made: dbrx views its stacked weights in each."""
+    base = node
+    while base.op.startswith("call") and len(base.all_input_nodes) == 1 and not mutated(base):
+        base = base.all_input_nodes[0]
+    return (
+        base.op in ("placeholder", "get_attr")
+        and is_tensor(node)
+        and storages(node) <= storages(base)
+        and not has_unbacked(node)
+    )
 
 
 def _switches_mode(node: fx.Node) -> bool:

@@ -130,8 +130,12 @@ class Rewriter:
                 moe.combine.weight_on == "input",
             )
         self._finish(anchor, outputs[0])
-        with self.graph.inserting_after(anchor):
-            self._redirect(outputs, self._as_held(anchor, outputs[0]), replaced)
+        # Where the model holds [T, H] it is that, though torch may know a size as a quotient of counts only.
+        result = anchor
+        if not self.holders(bound.output):
+            with self.graph.inserting_after(anchor):
+                result = self._as_held(anchor, outputs[0])
+        self._redirect(outputs, result, replaced)
         erase_unneeded(self.canonical.region, keep)
         return anchor
 
@@ -143,8 +147,8 @@ class Rewriter:
             raise Refusal(Code.MUTATION, "the block's output is never held by the model", "")
         if not self.holders(output):
             held.sort(key=lambda holders: min(map(self.ready, holders)))
-        if self._like(held[0][0], value(output)) is None:
-            raise Refusal(Code.LAYOUT, "the shape of the block's output is not known", "")
+            if self._like(held[0][0], value(output)) is None:
+                raise Refusal(Code.LAYOUT, "the shape of the block's output is not known", "")
         return held[0]
 
     def _like(self, holder: fx.Node, made: torch.Tensor) -> list[int] | fx.Node | None:
