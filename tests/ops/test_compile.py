@@ -1,5 +1,7 @@
 """What torch.compile asks of the ops: opcheck, exact fake implementations, no recompiles, no weight copies."""
 
+import functools
+
 import pytest
 import torch
 from oracle import storages, unit_scale_inputs
@@ -190,12 +192,13 @@ def test_inductor_calls_ours_without_the_dispatcher(monkeypatch):
     ).CUSTOM_EXTERN_KERNEL_CODEGEN
     data = unit_scale_inputs(6, 4, 2, 16, 8)
     block = Block(storages(data)["stacked"])
+    decompose_nothing(monkeypatch)
     for op, function in (
         (OPS.fused_experts.default, "moe_inductor.ops.cpu.fused_experts"),
         (OPS.topk_routing.default, "moe_inductor.ops.cpu.topk_routing"),
     ):
         monkeypatch.setitem(registry, f"torch.ops.{op}", None)  # undone after the test
-        _compat.call_directly(op, function, "cpu")
+        _compat.call_directly(op, {"cpu": function})
     with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
         compiled = torch.compile(block, dynamic=False)
         out, (code, *_) = run_and_get_code(compiled, data.hidden_states, data.router_logits)
@@ -203,3 +206,33 @@ def test_inductor_calls_ours_without_the_dispatcher(monkeypatch):
     assert "= moe_inductor.ops.cpu.topk_routing(" in code
     assert "= torch.ops.moe_inductor" not in code
     torch.testing.assert_close(out, block(data.hidden_states, data.router_logits))
+
+
+def test_routing_on_cpu_is_compiled_with_what_surrounds_it(monkeypatch):
+    from moe_inductor import _compat
+    from moe_inductor.ops import cpu
+
+    data = unit_scale_inputs(6, 4, 2, 16, 8)
+    block = Block(storages(data)["stacked"])
+    decompose_nothing(monkeypatch)
+    _compat.decompose(OPS.topk_routing.default, cpu.topk_routing, "cpu")
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+        compiled = torch.compile(block, dynamic=False)
+        out, (code, *_) = run_and_get_code(compiled, data.hidden_states, data.router_logits)
+    assert "moe_inductor.topk_routing" not in code
+    torch.testing.assert_close(out, block(data.hidden_states, data.router_logits))
+
+
+def decompose_nothing(monkeypatch):
+    """Inductor's table of decompositions without ours, until the test is over."""
+    from torch._inductor import decomposition
+
+    table = dict(decomposition.decompositions)
+    table.pop(OPS.topk_routing.default, None)
+    monkeypatch.setattr(decomposition, "decompositions", table)
+    decomposition.fast_random_decomps.cache_clear()
+    monkeypatch.setattr(
+        decomposition,
+        "fast_random_decomps",
+        functools.cache(decomposition.fast_random_decomps.__wrapped__),
+    )
