@@ -88,6 +88,22 @@ def test_opcheck_routing(renormalise, weights_dtype):
     torch.library.opcheck(OPS.topk_routing.default, (logits, 2, renormalise, weights_dtype))
 
 
+@pytest.fixture(autouse=True)
+def decompose_nothing(monkeypatch):
+    """Inductor's table without what other tests of the same process had registered by importing the backend."""
+    from torch._inductor import decomposition
+
+    table = dict(decomposition.decompositions)
+    table.pop(OPS.topk_routing.default, None)
+    monkeypatch.setattr(decomposition, "decompositions", table)
+    decomposition.fast_random_decomps.cache_clear()
+    monkeypatch.setattr(
+        decomposition,
+        "fast_random_decomps",
+        functools.cache(decomposition.fast_random_decomps.__wrapped__),
+    )
+
+
 class Block(torch.nn.Module):
     def __init__(self, lists, k=2):
         super().__init__()
@@ -192,7 +208,6 @@ def test_inductor_calls_ours_without_the_dispatcher(monkeypatch):
     ).CUSTOM_EXTERN_KERNEL_CODEGEN
     data = unit_scale_inputs(6, 4, 2, 16, 8)
     block = Block(storages(data)["stacked"])
-    decompose_nothing(monkeypatch)
     for op, function in (
         (OPS.fused_experts.default, "moe_inductor.ops.cpu.fused_experts"),
         (OPS.topk_routing.default, "moe_inductor.ops.cpu.topk_routing"),
@@ -214,25 +229,9 @@ def test_routing_on_cpu_is_compiled_with_what_surrounds_it(monkeypatch):
 
     data = unit_scale_inputs(6, 4, 2, 16, 8)
     block = Block(storages(data)["stacked"])
-    decompose_nothing(monkeypatch)
     _compat.decompose(OPS.topk_routing.default, cpu.topk_routing, "cpu")
     with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
         compiled = torch.compile(block, dynamic=False)
         out, (code, *_) = run_and_get_code(compiled, data.hidden_states, data.router_logits)
     assert "= torch.ops.moe_inductor.topk_routing" not in code
     torch.testing.assert_close(out, block(data.hidden_states, data.router_logits))
-
-
-def decompose_nothing(monkeypatch):
-    """Inductor's table of decompositions without ours, until the test is over."""
-    from torch._inductor import decomposition
-
-    table = dict(decomposition.decompositions)
-    table.pop(OPS.topk_routing.default, None)
-    monkeypatch.setattr(decomposition, "decompositions", table)
-    decomposition.fast_random_decomps.cache_clear()
-    monkeypatch.setattr(
-        decomposition,
-        "fast_random_decomps",
-        functools.cache(decomposition.fast_random_decomps.__wrapped__),
-    )
