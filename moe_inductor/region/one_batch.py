@@ -48,7 +48,7 @@ def _within(out: Emitter, batch: fx.Node, origin: str | None) -> fx.Node | None:
 def _slice(out: Emitter, node: fx.Node, args: tuple[Any, ...], kwargs: dict) -> Any:
     """slice(view(x, [1, ..]), d + 1, ..) = view(slice(x, d, ..), [1, ..])"""
     inner = out.batches.get(args[0])
-    dim = args[1] if len(args) > 1 else 0
+    dim = args[1] if args[1:] else 0
     if inner is None or dim % value(args[0]).dim() == 0:
         return None
     made, origin = value(node), node.meta.get("stack_trace")
