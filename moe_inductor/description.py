@@ -106,10 +106,12 @@ class Combine:
     """``y[t] = sum_j topk_weights[t, j] * expert_{topk_ids[t, j]}(x[t])``; the kernels sum in fp32.
 
     weight_on: "input" is ``expert(topk_weights[t, j] * x[t])`` instead (Llama 4).
+    keeps_tokens: a token whose ids are all outside 0..E-1 gets ``x[t]``, not zeros; k is 1.
     out_dtype: dtype of ``y``.
     """
 
     weight_on: Literal["output", "input"] = "output"
+    keeps_tokens: bool = False
     out_dtype: torch.dtype
 
 

@@ -63,11 +63,9 @@ def _replaced_rows(canonical: Canonical) -> Iterator[Refusal]:
         of_expert = hits(node.args[1][0])
         if of_expert is None or _reads(node.args[2], node.args[0]):
             continue
-        words = "rows of a token that has several experts are replaced, not added"
         if value(of_expert[0]).shape[-1] == 1:
-            words = (
-                "a token that no expert takes (capacity) keeps what was there, which is not zero"
-            )
+            continue  # a spelling of its own
+        words = "rows of a token that has several experts are replaced, not added"
         yield Refusal(Code.ACCUMULATOR, words, location(node))
 
 
@@ -116,7 +114,7 @@ class _Attempt:
         units = [it.mlp.unit for it in iterations if it.mlp is not None]
         if not units:
             raise Refusal(Code.SPELLING, "no expert computes anything", "")
-        group = group_iterations(iterations, self.folded)
+        group = group_iterations(iterations, self.folded, self.spelling.keeps_tokens)
         return self._bound(iterations[0], units[0], group)
 
     def _iteration(self, match: Match) -> Iteration:
@@ -203,6 +201,9 @@ class _Attempt:
             raise Refusal(Code.SPELLING, "ids may be out of range", location(group.output))
         if self.spelling.dense and weight_on == "input":
             _zero_gives_zero(moe, group)
+        if self.spelling.keeps_tokens and moe.top_k != 1:
+            words = "rows of a token that has several experts are replaced, not added"
+            raise Refusal(Code.ACCUMULATOR, words, location(group.output))
         visited = group.visited or tuple(range(moe.experts.num_choices))
         return Bound(
             spelling=self.spelling,
@@ -342,6 +343,7 @@ def _describe(
         ),
         combine=Combine(
             weight_on="input" if weight_on == "input" else "output",
+            keeps_tokens=spelling.keeps_tokens,
             out_dtype=value(group.output).dtype,
         ),
     )

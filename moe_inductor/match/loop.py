@@ -67,9 +67,14 @@ class Group:
     identities: int = 0
 
 
-def group_iterations(iterations: list[Iteration], folded: Folded | None = None) -> Group:
-    """Raises Refusal with the code of the first requirement that does not hold."""
-    chain = _chain(iterations)
+def group_iterations(
+    iterations: list[Iteration], folded: Folded | None = None, keeps_tokens: bool = False
+) -> Group:
+    """Raises Refusal with the code of the first requirement that does not hold.
+
+    keeps_tokens: the chain starts from x.
+    """
+    chain = _chain(iterations, keeps_tokens)
     first = chain[0]
     for it in chain:
         if it.bound != first.bound:
@@ -120,8 +125,8 @@ def group_iterations(iterations: list[Iteration], folded: Folded | None = None) 
     )
 
 
-def _chain(iterations: list[Iteration]) -> list[Iteration]:
-    """In the order of the sum: each adds to the result of the one before, the first to zeros."""
+def _chain(iterations: list[Iteration], keeps_tokens: bool) -> list[Iteration]:
+    """In the order of the sum: each adds to the result of the one before, the first to zeros, or puts rows into x."""
     after = {it.upper["acc"]: it for it in iterations}
     outputs = {it.output for it in iterations}
     starts = [it for it in iterations if it.upper["acc"] not in outputs]
@@ -129,7 +134,11 @@ def _chain(iterations: list[Iteration]) -> list[Iteration]:
         where = location((starts or iterations)[0].output)
         raise Refusal(Code.ACCUMULATOR, "the experts are not added up one after the other", where)
     start = starts[0].upper["acc"]
-    if start.target is not aten.full.default or start.args[1] != 0:
+    if keeps_tokens:
+        if _unviewed(start) is not _unviewed(starts[0].bound["x"]):
+            words = "a token that no expert takes (capacity) keeps what is not the experts' input"
+            raise Refusal(Code.ACCUMULATOR, words, location(starts[0].output))
+    elif start.target is not aten.full.default or start.args[1] != 0:
         raise Refusal(
             Code.ACCUMULATOR,
             "the sum over experts does not start from zeros",
@@ -141,6 +150,10 @@ def _chain(iterations: list[Iteration]) -> list[Iteration]:
     if len(chain) != len(iterations):
         raise Refusal(Code.ACCUMULATOR, "", location(chain[-1].output))
     return chain
+
+
+def _unviewed(node: fx.Node) -> fx.Node:
+    return node_arg(node, 0) if node.target is aten.view.default else node
 
 
 def _expert_ids(chain: list[Iteration]) -> tuple[Any, ...]:

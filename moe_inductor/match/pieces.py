@@ -133,7 +133,13 @@ def experts_pieces(
     """The patterns of ``spelling`` with ``facts`` (sorted items), or None where the reference does not take tensors of
     these dtypes.  Cached: traced once per process."""
     return _experts_pieces(
-        spelling.name, spelling.reference, spelling.loop, facts, shapes, projection
+        spelling.name,
+        spelling.reference,
+        spelling.loop,
+        spelling.keeps_tokens,
+        facts,
+        shapes,
+        projection,
     )
 
 
@@ -142,6 +148,7 @@ def _experts_pieces(
     name: str,
     reference: Callable,
     loop: bool,
+    keeps_tokens: bool,
     facts: tuple,
     shapes: Shapes,
     projection: Projection,
@@ -185,7 +192,7 @@ def _experts_pieces(
     root = output.args[0]
     cuts = {**routing, mark: "y"}
     if loop:
-        cuts[_start_of_sum(root, mark)] = "acc"
+        cuts[x if keeps_tokens else _start_of_sum(root, mark)] = "acc"
     first = unviewed(hole.args[0])
     has_rows = loop and not projection.has_bias
     return Pieces(

@@ -32,7 +32,7 @@ from moe_inductor.region.nodes import (
     storages,
     value,
 )
-from moe_inductor.rewrite.identities import add_identities, is_summed
+from moe_inductor.rewrite.identities import add_identities, is_summed, keep_tokens
 from moe_inductor.rewrite.liveness import erase_unneeded, needed
 from moe_inductor.rewrite.remake import Remake
 
@@ -142,6 +142,8 @@ class Rewriter:
         result = anchor
         if moe.experts.identities:
             result = add_identities(anchor, x, ids, weights, moe.experts, self._finish)
+        if moe.combine.keeps_tokens:
+            result = keep_tokens(anchor, x, ids, moe.experts, self._finish)
         if not self.holders(bound.output):
             with self.graph.inserting_after(result):
                 result = self._as_held(result, outputs[0])
