@@ -68,6 +68,7 @@ class Experts:
     storage: "stacked" is one ``[E, ...]`` tensor per projection, "per_expert" is E tensors per projection.
     gate_up_transposed, down_transposed: stored ``[.., in, out]`` instead of ``[.., out, in]``.
     weight_dtype: as stored.  compute_dtype: of the operands of the GEMMs; another one under autocast.
+    identities: so many further ids, from E on, belong to experts that give their input as it is (LongCat-Flash).
     """
 
     num_experts: int
@@ -82,6 +83,12 @@ class Experts:
     down_bias: bool = False
     weight_dtype: torch.dtype
     compute_dtype: torch.dtype
+    identities: int = 0
+
+    @property
+    def num_choices(self) -> int:
+        """What a router chooses among."""
+        return self.num_experts + self.identities
 
     @property
     def has_gate(self) -> bool:
@@ -99,10 +106,12 @@ class Combine:
     """``y[t] = sum_j topk_weights[t, j] * expert_{topk_ids[t, j]}(x[t])``; the kernels sum in fp32.
 
     weight_on: "input" is ``expert(topk_weights[t, j] * x[t])`` instead (Llama 4).
+    keeps_tokens: a token whose ids are all outside 0..E-1 gets ``x[t]``, not zeros; k is 1.
     out_dtype: dtype of ``y``.
     """
 
     weight_on: Literal["output", "input"] = "output"
+    keeps_tokens: bool = False
     out_dtype: torch.dtype
 
 

@@ -355,13 +355,6 @@ class FromOnes(MaskLoop):
         return torch.ones_like(x)
 
 
-class Unchanged(Capacity):
-    """gptsan_japanese: tokens beyond an expert's capacity keep their states."""
-
-    def start(self, x):
-        return x.clone()
-
-
 class CapacityOfTwo(Capacity):
     """Two experts per token: what the second one assigns replaces what the first one did."""
 
@@ -450,7 +443,6 @@ NEAR_MISSES = (
     NearMiss(name="mask_twice", build=Twice, code="EXPERT_TWICE"),
     NearMiss(name="mask_of_other_weights", build=OtherWeights, code="EXPERT_WEIGHTS"),
     NearMiss(name="mask_from_ones", build=FromOnes, code="ACCUMULATOR"),
-    NearMiss(name="dropped_unchanged", build=Unchanged, code="ACCUMULATOR"),
     NearMiss(name="capacity_of_two", build=CapacityOfTwo, code="ACCUMULATOR"),
     NearMiss(name="mask_of_other_tokens", build=RowsOfOthers, code="SPELLING"),
     NearMiss(name="halved", build=Halved, code="SPELLING"),

@@ -9,7 +9,7 @@ The most common eager spelling: Mixtral and Qwen of transformers up to 4.51, OLM
 """
 
 import torch
-from moe_inductor.patterns import _blocks, _mask_loops
+from moe_inductor.patterns import _blocks, _identities, _mask_loops
 from moe_inductor.patterns._blocks import HIDDEN, INTERMEDIATE, NUM_EXPERTS
 from torch import nn
 from torch.nn import functional as F
@@ -504,11 +504,13 @@ EXPERT_LOOP = ExpertsSpelling(
         Sample(name="top_one", build=TopOne),
         Sample(name="auxiliary_loss", build=AuxiliaryLoss),
         *_mask_loops.SAMPLES,
+        *_identities.SAMPLES,
         *(Sample(name=name, build=block, brief=True) for name, block in _blocks.variants(Loop)),
     ),
     near_misses=(
         *(NearMiss(name=n, build=b, code=c) for n, b, c in _blocks.near_variants(Loop)),
         *_mask_loops.NEAR_MISSES,
+        *_identities.NEAR_MISSES,
         NearMiss(name="one_expert_gelu", build=OneGelu, code="ACTIVATION"),
         NearMiss(name="one_expert_alpha", build=OneAlpha, code="ACTIVATION"),
         NearMiss(name="one_expert_up_first", build=OneUpFirst, code="ACTIVATION"),

@@ -101,6 +101,60 @@ class ColumnOfScores(HitLoop):
         return out
 
 
+class RowAsIndex(HitLoop):
+    """qwen3_vl_moe of transformers 4.57 in training: ``weight[row]`` is [1, in, out], and products are [1, n, out]."""
+
+    transposed = True
+
+    def linear(self, rows, weight, bias, row):
+        y = rows @ weight[row]
+        return y if bias is None else y + bias[row]
+
+    def product(self, y):
+        return y[0]
+
+    def experts(self, x, topk_ids, topk_weights):
+        scores = torch.zeros(
+            x.shape[0], NUM_EXPERTS, dtype=topk_weights.dtype, device=x.device
+        ).scatter_(1, topk_ids, topk_weights)
+        out, mask = self.start(x), self.mask(topk_ids)
+        for row in self.hits(mask, topk_ids)[:]:
+            with torch.no_grad():
+                _, token = self.where(mask, row[0])
+            y = self.product(self.expert(row, x[token]))
+            self.add(out, token, y * scores[token, row, None])
+        return out
+
+
+class RowAsIndexInterleaved(RowAsIndex):
+    """With biases, and gate and up next to each other."""
+
+    biased = True
+
+    def act(self, gate_up):
+        return F.gelu(gate_up[..., ::2]) * gate_up[..., 1::2]
+
+
+class RowsSummedAsBatch(RowAsIndex):
+    """A softmax over the rows of an expert: the dimension in front is not that of the rows."""
+
+    def act(self, gate_up):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return torch.softmax(gate, dim=1) * up
+
+
+class NextRowAsIndex(RowAsIndex):
+    def linear(self, rows, weight, bias, row):
+        return super().linear(rows, weight.flip(0), bias, row)
+
+
+class RowOfOthers(RowAsIndex):
+    """The expert's rows, each in the place of another."""
+
+    def product(self, y):
+        return y[0].flip(0)
+
+
 class ViewsItsWeights(HitLoop):
     """dbrx of transformers 5.x: every pass views the flat weights of all experts anew."""
 
@@ -326,11 +380,16 @@ HIT_LIST = HitListSpelling(
         Sample(name="column_of_scores", build=ColumnOfScores),
         Sample(name="out_of_place", build=OutOfPlace),
         Sample(name="views_its_weights", build=ViewsItsWeights, brief=True),
+        Sample(name="row_as_index", build=RowAsIndex, brief=True),
+        Sample(name="row_as_index_interleaved", build=RowAsIndexInterleaved, brief=True),
         Sample(name="skips_empty", build=SkipsEmpty),
         Sample(name="if_any", build=IfAny),
     ),
     near_misses=(
         NearMiss(name="more_than_one", build=MoreThanOne, code="ASSUMPTION"),
+        NearMiss(name="softmax_of_rows", build=RowsSummedAsBatch, code="SPELLING"),
+        NearMiss(name="row_of_other_stack", build=NextRowAsIndex, code="SPELLING"),
+        NearMiss(name="rows_reversed", build=RowOfOthers, code="SPELLING"),
         NearMiss(name="first_choices", build=FirstChoices, code="ASSUMPTION"),
         NearMiss(name="other_choices", build=OtherChoices, code="ASSUMPTION"),
         NearMiss(name="unchosen", build=Unchosen, code="ASSUMPTION"),

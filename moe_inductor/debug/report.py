@@ -167,6 +167,8 @@ def _experts(moe: MoE) -> str:
         f"{which}transposed" if True in transposed else "",
         layouts[e.layout],
         "biases" if e.gate_up_bias or e.down_bias else "",
+        f"{e.identities} identities" if e.identities else "",
+        "tokens without an expert are kept" if moe.combine.keeps_tokens else "",
         "routing weight on the input" if moe.combine.weight_on == "input" else "",
         _name(e.weight_dtype),
         f"computed in {_name(e.compute_dtype)}" if e.compute_dtype != e.weight_dtype else "",

@@ -95,6 +95,7 @@ class ExpertsSpelling:
     loop: the reference visits experts one by one; its iteration is the pattern.
     ids_in_range: a fact under which the reference means something else than the fused op for ids outside ``[0, E)``,
         which the op ignores, or for an id twice in a row; with it, only ids of a top-k over E scores are matched.
+    keeps_tokens: the reference starts from x, of which the one expert of a token replaces the token; k is 1.
     dense: the reference computes every expert for every token.  The ids are of a top-k over E scores in any case, and
         with the weight on the input the experts must give zero for zero: no biases, and a unit with unit(0, 0) = 0.
     """
@@ -106,6 +107,7 @@ class ExpertsSpelling:
     facts: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
     loop: bool = False
     ids_in_range: str | None = None
+    keeps_tokens: bool = False
     dense: bool = False
     samples: tuple[Sample, ...] = ()
     near_misses: tuple[NearMiss, ...] = ()

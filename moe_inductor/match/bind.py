@@ -101,11 +101,14 @@ def check_experts(moe: MoE, gate_up: Weight, up: Weight | None, down: Weight) ->
         if weight is None:
             continue
         matrix = (inner, outer) if weight.is_transposed else (outer, inner)
-        stack = (E,) if weight.is_stacked else ()
-        for nodes, shape in ((weight.nodes, (*stack, *matrix)), (weight.bias, (*stack, outer))):
+        for nodes, one in ((weight.nodes, matrix), (weight.bias, (outer,))):
             dtype = experts.weight_dtype if nodes is weight.nodes else None
             for node in nodes:
                 found = value(node)
+                rows = found.shape[0]
+                if not experts.identities or not isinstance(rows, int) or rows < E:
+                    rows = E  # otherwise there may be rows of experts that have no use for them
+                shape = (rows, *one) if weight.is_stacked else one
                 dtype = dtype or found.dtype  # biases may have a dtype of their own, all the same
                 if tuple(found.shape) != shape or found.dtype != dtype:
                     raise Refusal(

@@ -20,7 +20,7 @@ from moe_inductor.description import Combine, Experts, MoE
 from moe_inductor.match.activation import Gated, read_activation
 from moe_inductor.match.api import ExpertsSpelling, combinations
 from moe_inductor.match.bind import Bound, Weight, check_experts
-from moe_inductor.match.loop import Group, Iteration, group_iterations
+from moe_inductor.match.loop import MLP, Group, Iteration, group_iterations
 from moe_inductor.match.pieces import PROJECTIONS, Pieces, Shapes, experts_pieces, unviewed
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.canonical import Canonical, Folded
@@ -63,11 +63,9 @@ def _replaced_rows(canonical: Canonical) -> Iterator[Refusal]:
         of_expert = hits(node.args[1][0])
         if of_expert is None or _reads(node.args[2], node.args[0]):
             continue
-        words = "rows of a token that has several experts are replaced, not added"
         if value(of_expert[0]).shape[-1] == 1:
-            words = (
-                "a token that no expert takes (capacity) keeps what was there, which is not zero"
-            )
+            continue  # a spelling of its own
+        words = "rows of a token that has several experts are replaced, not added"
         yield Refusal(Code.ACCUMULATOR, words, location(node))
 
 
@@ -97,22 +95,27 @@ class _Attempt:
     def _whole(self, match: Match) -> Bound:
         """A spelling that treats all experts at once."""
         iteration = self._iteration(match)
-        gate, *up = [self._stacked(p) for p in iteration.unit.projections]
+        mlp = iteration.mlp
+        assert mlp is not None  # only in a loop
+        gate, *up = [self._stacked(p) for p in mlp.unit.projections]
         group = Group(
             output=match.output_node(),
             x=iteration.bound["x"],
             gate_up=gate,
             up=up[0] if up else None,
-            down=self._stacked(iteration.second),
+            down=self._stacked(mlp.second),
             visited=None,
         )
-        return self._bound(iteration, group)
+        return self._bound(iteration, mlp.unit, group)
 
     def _loop(self, matches: list[Match]) -> Bound:
         """A spelling that visits experts one by one: all matches together are one block."""
         iterations = [self._iteration(match) for match in matches]
-        group = group_iterations(iterations, self.folded)
-        return self._bound(iterations[0], group)
+        units = [it.mlp.unit for it in iterations if it.mlp is not None]
+        if not units:
+            raise Refusal(Code.SPELLING, "no expert computes anything", "")
+        group = group_iterations(iterations, self.folded, self.spelling.keeps_tokens)
+        return self._bound(iterations[0], units[0], group)
 
     def _iteration(self, match: Match) -> Iteration:
         """All that one match of the upper piece leads to.
@@ -121,17 +124,18 @@ class _Attempt:
         """
         output = match.output_node()
         second = self._projection(match.kwargs["y"], "second")
-        if second is None:
-            raise Refusal(
-                Code.SPELLING,
-                "the experts' second projection is not one of this spelling",
-                location(match.kwargs["y"]) or location(output),
-            )
-        unit = read_activation(second["hidden"], lambda node: self._projection(node, "first"))
-        if value(match.kwargs["y"]).dtype != unit.dtype:
-            raise Refusal(Code.DTYPE, "the two projections compute in two dtypes", location(output))
+        mlp, parts = None, [match.kwargs]
+        if second is not None:
+            unit = read_activation(second["hidden"], lambda node: self._projection(node, "first"))
+            if value(match.kwargs["y"]).dtype != unit.dtype:
+                words = "the two projections compute in two dtypes"
+                raise Refusal(Code.DTYPE, words, location(output))
+            mlp = MLP(unit, second)
+            parts += [second, *unit.projections]
+        else:
+            parts.append(self._rows(match))
         bound: dict[str, fx.Node] = {}
-        for part in (match.kwargs, second, *unit.projections):
+        for part in parts:
             for name in ("x", "topk_ids", "topk_weights"):
                 if name in part and bound.setdefault(name, part[name]) is not part[name]:
                     raise Refusal(Code.INPUTS_DIFFER, "", location(output))
@@ -139,7 +143,20 @@ class _Attempt:
             "topk_weights" not in bound and self.facts.get("weight_on") != "nothing"
         ):
             raise Refusal(Code.SPELLING, "", location(output))
-        return Iteration(match, match.kwargs, unit, second, bound)
+        return Iteration(match, match.kwargs, mlp, bound)
+
+    def _rows(self, match: Match) -> dict[str, Any]:
+        """What an expert that gives its rows as they are has bound.  Raises Refusal(SPELLING)."""
+        pieces, y = self.pieces(0), match.kwargs["y"]
+        assert pieces is not None
+        rows = pieces.rows.match(y) if pieces.rows is not None else None
+        if not rows:
+            raise Refusal(
+                Code.SPELLING,
+                "the experts' second projection is not one of this spelling",
+                location(y) or location(match.output_node()),
+            )
+        return rows.kwargs
 
     def _projection(self, node: fx.Node, which: str) -> dict[str, Any] | None:
         """What ``node``, a projection's result, is made of; None where it is something else."""
@@ -173,18 +190,21 @@ class _Attempt:
             bias=bias[0] if bias else (),
         )
 
-    def _bound(self, iteration: Iteration, group: Group) -> Bound:
+    def _bound(self, iteration: Iteration, unit: Gated, group: Group) -> Bound:
         ids = iteration.bound["topk_ids"]
         weight_on = self.facts.get("weight_on", "output")
-        moe = _describe(self.spelling, iteration.unit, weight_on, ids, group)
+        moe = _describe(self.spelling, unit, weight_on, ids, group)
         self._check_trace(moe, iteration, group)
         check_experts(moe, group.gate_up, group.up, group.down)
         needed = self.spelling.dense or self.facts.get(self.spelling.ids_in_range or "")
-        if needed and not ids_in_range(ids, moe.experts.num_experts):
+        if needed and not ids_in_range(ids, moe.experts.num_choices):
             raise Refusal(Code.SPELLING, "ids may be out of range", location(group.output))
         if self.spelling.dense and weight_on == "input":
             _zero_gives_zero(moe, group)
-        visited = group.visited or tuple(range(moe.experts.num_experts))
+        if self.spelling.keeps_tokens and moe.top_k != 1:
+            words = "rows of a token that has several experts are replaced, not added"
+            raise Refusal(Code.ACCUMULATOR, words, location(group.output))
+        visited = group.visited or tuple(range(moe.experts.num_choices))
         return Bound(
             spelling=self.spelling,
             facts=self.facts,
@@ -293,6 +313,8 @@ def _describe(
     gate_up, down = group.gate_up, group.down
     matrix = value(down.nodes[0])
     E = matrix.shape[0] if down.is_stacked else len(down.nodes)
+    if group.identities and group.visited:
+        E = len(group.visited) - group.identities
     I = matrix.shape[-2] if down.is_transposed else matrix.shape[-1]
     if not all(isinstance(size, int) for size in (E, H, I)):
         raise Refusal(Code.EXPERT_SHAPES, "E, H and I must be known sizes", where)
@@ -317,9 +339,11 @@ def _describe(
             down_bias=bool(down.bias),
             weight_dtype=matrix.dtype,
             compute_dtype=unit.dtype,
+            identities=group.identities,
         ),
         combine=Combine(
             weight_on="input" if weight_on == "input" else "output",
+            keeps_tokens=spelling.keeps_tokens,
             out_dtype=value(group.output).dtype,
         ),
     )

@@ -2,13 +2,14 @@
 
 One iteration is the pattern; what makes E iterations a mixture of experts is checked here: one chain of sums that
 starts from zeros and is read by nobody else, the same x and the same router for all, every expert once, and every
-expert with its own weights.  The proof compares all of it again; this file exists to say *which* requirement fails.
+expert with its own weights.  Experts that give their input as it is have none and come last.  The proof compares all of
+it again; this file exists to say *which* requirement fails.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -23,17 +24,23 @@ from moe_inductor.region.nodes import location, node_arg, value
 aten = torch.ops.aten
 
 
+class MLP(NamedTuple):
+    """The unit between the projections, with what the first of these bound, and what the second bound."""
+
+    unit: Gated
+    second: dict[str, Any]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Iteration:
     """One visit: what the upper piece bound, the unit with what its projections bound, and the second projection.
 
-    bound: x, topk_ids and topk_weights.
+    mlp: None for an expert that gives what it reads.  bound: x, topk_ids and topk_weights.
     """
 
     match: Match
     upper: dict[str, Any]
-    unit: Gated
-    second: dict[str, Any]
+    mlp: MLP | None
     bound: dict[str, fx.Node]
 
     @property
@@ -45,6 +52,7 @@ class Iteration:
 class Group:
     """A whole block.  Weights are in the order of expert ids; visited is the order of a loop's sum.
 
+    identities: how many of the visited experts, the last by id, give their input as it is.
     traced: the experts of the passes that are in the graph.  The others are folded into these (``region/fold.py``), or
     there is one pass for all, whose expert is the node of a symbolic index (``capture/rolled.py``).
     """
@@ -56,41 +64,53 @@ class Group:
     down: Weight
     visited: tuple[Any, ...] | None
     traced: tuple[int | fx.Node, ...] = ()
+    identities: int = 0
 
 
-def group_iterations(iterations: list[Iteration], folded: Folded | None = None) -> Group:
-    """Raises Refusal with the code of the first requirement that does not hold."""
-    chain = _chain(iterations)
+def group_iterations(
+    iterations: list[Iteration], folded: Folded | None = None, keeps_tokens: bool = False
+) -> Group:
+    """Raises Refusal with the code of the first requirement that does not hold.
+
+    keeps_tokens: the chain starts from x.
+    """
+    chain = _chain(iterations, keeps_tokens)
     first = chain[0]
     for it in chain:
         if it.bound != first.bound:
             raise Refusal(Code.INPUTS_DIFFER, "", location(it.output))
-        if not it.unit.same_function(first.unit):
-            raise Refusal(
-                Code.ACTIVATION,
-                f"one expert computes {first.unit.activation}, another {it.unit.activation}",
-                location(it.output),
-            )
     traced = _expert_ids(chain)
-    is_rolled = isinstance(traced[0], fx.Node)
-    if folded is not None and not is_rolled and folded.ids[: len(traced)] != traced:
-        raise Refusal(Code.SPELLING, "", location(chain[0].output))
-    gate_up, *up = [
-        _weight(chain, traced, [it.unit.projections[i] for it in chain], folded)
-        for i in range(len(first.unit.projections))
-    ]
-    down = _weight(chain, traced, [it.second for it in chain], folded)
-    num_experts = value(down.nodes[0]).shape[0] if down.is_stacked else len(down.nodes)
-    visited = folded.ids if folded is not None else traced
-    if isinstance(
-        traced[0], fx.Node
-    ):  # how many it stands for is an assumption, and proved as such
-        visited = tuple(range(num_experts))
     last = location(chain[-1].output)
+    visited = folded.ids if folded is not None else traced
     if len(set(visited)) < len(visited):
         twice = next(e for e in visited if visited.count(e) > 1)
         raise Refusal(Code.EXPERT_TWICE, f"expert {twice} is visited twice", last)
-    missing = sorted(set(range(num_experts)) - set(visited))
+    experts = [(e, it, it.mlp) for e, it in zip(traced, chain, strict=True) if it.mlp is not None]
+    unit = experts[0][2].unit
+    for _, it, mlp in experts:
+        if not mlp.unit.same_function(unit):
+            raise Refusal(
+                Code.ACTIVATION,
+                f"one expert computes {unit.activation}, another {mlp.unit.activation}",
+                location(it.output),
+            )
+    is_rolled = isinstance(traced[0], fx.Node)
+    if folded is not None and not is_rolled and folded.ids[: len(traced)] != traced:
+        raise Refusal(Code.SPELLING, "", location(chain[0].output))
+    by_id = {e: it for e, it, _ in experts}
+    gate_up, *up = [
+        _weight(by_id, [mlp.unit.projections[i] for *_, mlp in experts], folded)
+        for i in range(len(unit.projections))
+    ]
+    down = _weight(by_id, [mlp.second for *_, mlp in experts], folded)
+    num_experts = value(down.nodes[0]).shape[0] if down.is_stacked else len(down.nodes)
+    identities = len(chain) - len(experts)
+    if identities:  # a stack may have rows for these as well
+        num_experts = len(experts)
+    if is_rolled:  # how many it stands for is an assumption, and proved as such
+        visited = tuple(range(num_experts))
+    known = set(visited) if not identities else set(by_id)
+    missing = sorted(set(range(num_experts)) - known)
     if missing or sorted(visited) != list(range(len(visited))):
         raise Refusal(Code.EXPERT_MISSING, f"experts {missing[:4]} are never visited", last)
     return Group(
@@ -101,11 +121,12 @@ def group_iterations(iterations: list[Iteration], folded: Folded | None = None) 
         down,
         visited,
         traced,
+        identities,
     )
 
 
-def _chain(iterations: list[Iteration]) -> list[Iteration]:
-    """In the order of the sum: each adds to the result of the one before, the first to zeros."""
+def _chain(iterations: list[Iteration], keeps_tokens: bool) -> list[Iteration]:
+    """In the order of the sum: each adds to the result of the one before, the first to zeros, or puts rows into x."""
     after = {it.upper["acc"]: it for it in iterations}
     outputs = {it.output for it in iterations}
     starts = [it for it in iterations if it.upper["acc"] not in outputs]
@@ -113,7 +134,11 @@ def _chain(iterations: list[Iteration]) -> list[Iteration]:
         where = location((starts or iterations)[0].output)
         raise Refusal(Code.ACCUMULATOR, "the experts are not added up one after the other", where)
     start = starts[0].upper["acc"]
-    if start.target is not aten.full.default or start.args[1] != 0:
+    if keeps_tokens:
+        if _unviewed(start) is not _unviewed(starts[0].bound["x"]):
+            words = "a token that no expert takes (capacity) keeps what is not the experts' input"
+            raise Refusal(Code.ACCUMULATOR, words, location(starts[0].output))
+    elif start.target is not aten.full.default or start.args[1] != 0:
         raise Refusal(
             Code.ACCUMULATOR,
             "the sum over experts does not start from zeros",
@@ -125,6 +150,10 @@ def _chain(iterations: list[Iteration]) -> list[Iteration]:
     if len(chain) != len(iterations):
         raise Refusal(Code.ACCUMULATOR, "", location(chain[-1].output))
     return chain
+
+
+def _unviewed(node: fx.Node) -> fx.Node:
+    return node_arg(node, 0) if node.target is aten.view.default else node
 
 
 def _expert_ids(chain: list[Iteration]) -> tuple[Any, ...]:
@@ -156,42 +185,40 @@ def _only_select(nodes: Any) -> int | fx.Node:
 
 
 def _weight(
-    chain: list[Iteration],
-    traced: tuple[Any, ...],
+    experts: dict[Any, Iteration],
     projections: list[dict[str, Any]],
     folded: Folded | None,
 ) -> Weight:
-    """One projection of all iterations, those that are folded included."""
+    """One projection of all experts, those that are folded included.  experts: by id."""
+    first = next(iter(experts.values()))
     kinds = {(p["is_transposed"], "bias" in p) for p in projections}
     if len(kinds) > 1:
-        raise Refusal(Code.EXPERT_SHAPES, "", location(chain[0].output))
+        raise Refusal(Code.EXPERT_SHAPES, "", location(first.output))
     (is_transposed, has_bias) = kinds.pop()
-    nodes, is_stacked = _tensors(chain, traced, [p["weight"] for p in projections], folded)
+    nodes, is_stacked = _tensors(experts, [p["weight"] for p in projections], folded)
     bias: tuple[fx.Node, ...] = ()
     if has_bias:
-        bias, bias_is_stacked = _tensors(chain, traced, [p["bias"] for p in projections], folded)
+        bias, bias_is_stacked = _tensors(experts, [p["bias"] for p in projections], folded)
         if bias_is_stacked != is_stacked:
             raise Refusal(
-                Code.LAYOUT, "stacked and separate weights are mixed", location(chain[0].output)
+                Code.LAYOUT, "stacked and separate weights are mixed", location(first.output)
             )
     return Weight(nodes, is_stacked, is_transposed, bias)
 
 
 def _tensors(
-    chain: list[Iteration],
-    traced: tuple[Any, ...],
+    experts: dict[Any, Iteration],
     sources: list[fx.Node],
     folded: Folded | None,
 ) -> tuple[tuple[fx.Node, ...], bool]:
     """Rows of one stack selected by the expert's own id (True), or E tensors (False)."""
+    where = location(next(iter(experts.values())).output)
     selected = [s.target is aten.select.int and s.args[1] == 0 for s in sources]
     if all(selected):
         stacks = {node_arg(s, 0) for s in sources}
         if len(stacks) > 1:
-            raise Refusal(
-                Code.LAYOUT, "experts come from several stacks", location(chain[0].output)
-            )
-        for e, source, it in zip(traced, sources, chain, strict=True):
+            raise Refusal(Code.LAYOUT, "experts come from several stacks", where)
+        for (e, it), source in zip(experts.items(), sources, strict=True):
             if source.args[2] != e:
                 raise Refusal(
                     Code.EXPERT_WEIGHTS,
@@ -200,13 +227,11 @@ def _tensors(
                 )
         return (stacks.pop(),), True
     if any(selected):
-        raise Refusal(
-            Code.LAYOUT, "stacked and separate weights are mixed", location(chain[0].output)
-        )
+        raise Refusal(Code.LAYOUT, "stacked and separate weights are mixed", where)
     shapes = {(tuple(value(s).shape), value(s).dtype) for s in sources}
     if len(shapes) > 1:
-        raise Refusal(Code.EXPERT_SHAPES, "", location(chain[0].output))
-    by_id = dict(zip(traced, sources, strict=True))
+        raise Refusal(Code.EXPERT_SHAPES, "", where)
+    by_id = dict(zip(experts, sources, strict=True))
     if folded is not None:
         every = folded.weights.get(sources[0])
         if every is None:

@@ -88,11 +88,13 @@ PROJECTIONS = tuple(Projection(t, b) for t in (False, True) for b in (False, Tru
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pieces:
     """upper: binds topk_ids, y (acc in a loop, topk_weights).  second: binds hidden, weight (bias, topk_ids).
-    first: binds x, weight (bias, topk_ids, topk_weights)."""
+    first: binds x, weight (bias, topk_ids, topk_weights).
+    rows: in a loop without biases, what an expert reads: binds x, topk_ids (topk_weights)."""
 
     upper: PatternExpr
     second: PatternExpr
     first: PatternExpr
+    rows: PatternExpr | None
 
 
 class _Hollow:
@@ -131,7 +133,13 @@ def experts_pieces(
     """The patterns of ``spelling`` with ``facts`` (sorted items), or None where the reference does not take tensors of
     these dtypes.  Cached: traced once per process."""
     return _experts_pieces(
-        spelling.name, spelling.reference, spelling.loop, facts, shapes, projection
+        spelling.name,
+        spelling.reference,
+        spelling.loop,
+        spelling.keeps_tokens,
+        facts,
+        shapes,
+        projection,
     )
 
 
@@ -140,6 +148,7 @@ def _experts_pieces(
     name: str,
     reference: Callable,
     loop: bool,
+    keeps_tokens: bool,
     facts: tuple,
     shapes: Shapes,
     projection: Projection,
@@ -183,16 +192,25 @@ def _experts_pieces(
     root = output.args[0]
     cuts = {**routing, mark: "y"}
     if loop:
-        cuts[_start_of_sum(root, mark)] = "acc"
+        cuts[x if keeps_tokens else _start_of_sum(root, mark)] = "acc"
+    first = unviewed(hole.args[0])
+    has_rows = loop and not projection.has_bias
     return Pieces(
         upper=_pattern(root, cuts),
         second=_pattern(
             unviewed(mark.args[0]), {**routing, hole: "hidden", down: "weight", down_bias: "bias"}
         ),
-        first=_pattern(
-            unviewed(hole.args[0]), {**routing, gate_up: "weight", gate_up_bias: "bias"}
-        ),
+        first=_pattern(first, {**routing, gate_up: "weight", gate_up_bias: "bias"}),
+        rows=_pattern(_before_autocast(first.args[0], shapes), routing) if has_rows else None,
     )
+
+
+def _before_autocast(operand: Any, shapes: Shapes) -> fx.Node:
+    """An operand of a GEMM without the cast that autocast made of it."""
+    is_cast = operand.target is torch.ops.aten._to_copy.default
+    if shapes.autocast is not None and is_cast and shapes.x_dtype != shapes.autocast.dtype:
+        return operand.args[0]
+    return operand
 
 
 def unviewed(node: Any) -> fx.Node:

@@ -102,11 +102,11 @@ def _bind(
     if start is not logits:
         raise _refusal("the weights are not made of the logits that the choice is made of", where)
     experts = value(logits).shape[-1]
-    if experts != bound.moe.experts.num_experts:
+    if experts != bound.moe.experts.num_choices:
         raise Refusal(
             Code.ROUTER,
             f"the router chooses among {experts} experts, of which "
-            f"{bound.moe.experts.num_experts} are there",
+            f"{bound.moe.experts.num_choices} are there",
             where,
         )
     biases = [step.bias for step in choosing if isinstance(step, Corrected)]

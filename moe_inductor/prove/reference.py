@@ -53,7 +53,8 @@ class Projection:
 class DescribedExperts:
     """``match.api.Experts`` for a description and its weights.
 
-    up: None where the first projection is one GEMM.  visited: expert ids in the order of the loop, symbolic or not.
+    up: None where the first projection is one GEMM.  visited: expert ids in the order of the loop, symbolic or not;
+    those of identities are from num_experts on.
     """
 
     def __init__(
@@ -73,6 +74,9 @@ class DescribedExperts:
 
     def __iter__(self) -> Iterator[tuple[int, Callable[[torch.Tensor], torch.Tensor]]]:
         for e in self.visited:
+            if isinstance(e, int) and e >= self.num_experts:
+                yield e, lambda rows: rows
+                continue
             weights = [p.of(e) for p in self.projections]
             yield e, lambda rows, weights=weights: self._mlp(rows, F.linear, *weights)
 

@@ -87,7 +87,8 @@ class Emitter:
     """Builds the normal form.  ``emit`` is the only way to make a node, so every node is interned.
 
     numbers: what is known about sizes that depend on data.  pairs: what has been unsorted (``region/pairs.py``).
-    refused: why something that was sorted could not be.
+    refused: why something that was sorted could not be.  batches: views that put a batch of one in front of what they
+    view (``region/one_batch.py``).
     """
 
     def __init__(self, *, keep_detach: bool) -> None:
@@ -96,6 +97,7 @@ class Emitter:
         self.numbers = Numbers()
         self.pairs: dict[fx.Node, Order] = {}
         self.refused: list[Refusal] = []
+        self.batches: dict[fx.Node, fx.Node] = {}
         self._scratch = fx.Graph()
         self._interned: dict[Any, fx.Node] = {}
         self._made: dict[Any, tuple[fx.Node, int]] = {}  # unbacked symbol -> where it was made
@@ -183,12 +185,21 @@ class Emitter:
             return self.view(base, val, origin)
         return self.emit(aten.permute.default, (base, dims), {}, val, origin)
 
+    def batched(self, base: fx.Node, val: torch.Tensor, origin: str | None) -> fx.Node:
+        """``base`` viewed as a batch of one."""
+        made = self.view(base, val, origin)
+        self.batches[made] = base
+        return made
+
     def slice(
         self, base: fx.Node, dim: int, start: Any, end: Any, val: Any, origin: str | None
     ) -> fx.Node:
         """slice(x, dim, 0, size) = x"""
         if self.same_shape(value(base), val):
             return base
+        if base in self.batches and dim > 0:
+            inner = self.slice(self.batches[base], dim - 1, start, end, val.squeeze(0), origin)
+            return self.batched(inner, val, origin)
         return self.emit(aten.slice.Tensor, (base, dim, start, end), {}, val, origin)
 
 
@@ -245,12 +256,12 @@ def _emit(out: Emitter, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
             out.numbers.note_item(found, env[node_arg(node, 0)])
         return out.size(found)
     args, kwargs = _uniform(node, lambda a: env[a])
-    made = None
-    for apply in RULES.get(node.target, ()):
+    made = _one_batch.element_by_element(out, node, args, kwargs) if out.batches else None
+    for apply in RULES.get(node.target, ()) if made is None else ():
         made = apply(out, node, args, kwargs)
         if made is not None:
             break
-    else:
+    if made is None:
         made = out.emit(node.target, args, kwargs, found, node.meta.get("stack_trace"))
     if not isinstance(made, fx.Node):
         return made
@@ -703,6 +714,7 @@ def _key(item: Any) -> Any:
 
 
 # They register their rules, with what stands above.
+from moe_inductor.region import one_batch as _one_batch  # noqa: E402
 from moe_inductor.region import rows as _rows  # noqa: E402, F401
 from moe_inductor.region import sparse as _sparse  # noqa: E402, F401
 from moe_inductor.region import stacks as _stacks  # noqa: E402, F401, I001

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from moe_inductor import _compat, ops  # noqa: F401  (registers the ops)
-from moe_inductor.description import Router
+from moe_inductor import _compat
+from moe_inductor.description import Experts, Router
 from moe_inductor.match.bind import Bound, BoundRouter, Weight
 from moe_inductor.match.pieces import unviewed
+from moe_inductor.ops import cpu
 from moe_inductor.ops.check import Routing
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.canonical import Canonical
@@ -32,13 +33,19 @@ from moe_inductor.region.nodes import (
     storages,
     value,
 )
+from moe_inductor.rewrite.identities import add_identities, is_summed, keep_tokens
 from moe_inductor.rewrite.liveness import erase_unneeded, needed
 from moe_inductor.rewrite.remake import Remake
 
 _EXPERTS = torch.ops.moe_inductor.fused_experts.default
 _ROUTING = torch.ops.moe_inductor.topk_routing.default
-_compat.call_directly(_EXPERTS, "moe_inductor.ops.cuda.fused_experts", "cuda")
-_compat.call_directly(_ROUTING, "moe_inductor.ops.cuda.topk_routing", "cuda")
+_compat.call_directly(
+    _EXPERTS,
+    {"cpu": "moe_inductor.ops.cpu.fused_experts", "cuda": "moe_inductor.ops.cuda.fused_experts"},
+)
+_compat.call_directly(_ROUTING, {"cuda": "moe_inductor.ops.cuda.topk_routing"})
+# Nothing is gained on the CPU by twenty calls of ATen in one op, and at one token they are a tenth of the block.
+_compat.decompose(_ROUTING, cpu.topk_routing, "cpu")
 # What may stand between a router and fused experts: each element stays what and where it is.
 _ELEMENT_BY_ELEMENT = frozenset({"reshape", "view", "flatten", "contiguous", "to", "type", "float"})
 _ROUTING_DEFAULTS = Routing._field_defaults
@@ -119,23 +126,28 @@ class Rewriter:
             else:  # every chosen expert counts once
                 weights = self.graph.call_function(torch.ones_like, (ids,), {"dtype": dtype})
                 self._finish(weights, ids)
+            x = self._matrix(x, moe.experts.hidden_size)
             anchor.args = (
-                self._cast(self._matrix(x, moe.experts.hidden_size), dtype),
+                self._cast(x, dtype),
                 ids,
                 weights,
-                *each(lambda w: self._weights(w, inputs, dtype)),
+                *each(lambda w: self._weights(w, inputs, moe.experts)),
                 moe.experts.activation,
                 moe.combine.out_dtype,
-                *each(lambda w: [self._cast(inputs[n], dtype) for n in w.bias]),
+                *each(lambda w: self._biases(w, inputs, moe.experts)),
                 moe.experts.layout == "interleaved",
                 moe.combine.weight_on == "input",
             )
         self._finish(anchor, outputs[0])
         # Where the model holds [T, H] it is that, though torch may know a size as a quotient of counts only.
         result = anchor
+        if moe.experts.identities:
+            result = add_identities(anchor, x, ids, weights, moe.experts, self._finish)
+        if moe.combine.keeps_tokens:
+            result = keep_tokens(anchor, x, ids, moe.experts, self._finish)
         if not self.holders(bound.output):
-            with self.graph.inserting_after(anchor):
-                result = self._as_held(anchor, outputs[0])
+            with self.graph.inserting_after(result):
+                result = self._as_held(result, outputs[0])
         self._redirect(outputs, result, replaced)
         erase_unneeded(self.canonical.region, keep)
         return anchor
@@ -240,11 +252,29 @@ class Rewriter:
         self._finish(new, node)
         return new
 
+    def _all(
+        self, nodes: Sequence[fx.Node], inputs: dict[fx.Node, fx.Node], of: Weight, experts: Experts
+    ) -> list[fx.Node]:
+        """The operands as the op takes them, and no rows for experts that give their input as it is."""
+        made = []
+        for stack in (inputs[n] for n in nodes):
+            node = stack
+            if of.is_stacked and value(stack).shape[0] != experts.num_experts:
+                node = self.graph.call_method("narrow", (stack, 0, 0, experts.num_experts))
+                self._finish(node, stack)
+            made.append(self._cast(node, experts.compute_dtype))
+        return made
+
+    def _biases(
+        self, weight: Weight, inputs: dict[fx.Node, fx.Node], experts: Experts
+    ) -> list[fx.Node]:
+        return self._all(weight.bias, inputs, weight, experts)
+
     def _weights(
-        self, weight: Weight, inputs: dict[fx.Node, fx.Node], dtype: torch.dtype
+        self, weight: Weight, inputs: dict[fx.Node, fx.Node], experts: Experts
     ) -> list[fx.Node]:
         """Logical ``[.., out, in]``; a transposed storage is passed as a view, never copied."""
-        nodes = [self._cast(inputs[n], dtype) for n in weight.nodes]
+        nodes = self._all(weight.nodes, inputs, weight, experts)
         if not weight.is_transposed:
             return nodes
         views = [self.graph.call_method("transpose", (n, -2, -1)) for n in nodes]
@@ -283,7 +313,7 @@ class Rewriter:
         if router.spelling.unordered(router.facts):
             self._order_is_not_read(held, rules, keep)
         with self.graph.inserting_before(self._router_starts(operands, start)):
-            matrix = self._matrix(operands[0], bound.moe.experts.num_experts)
+            matrix = self._matrix(operands[0], bound.moe.experts.num_choices)
             call = self.graph.call_function(_ROUTING, *_arguments(router.router, matrix, operands))
             self._finish(call, operands[0])
             parts = [self.graph.call_function(operator.getitem, (call, i)) for i in range(2)]
@@ -318,7 +348,7 @@ class Rewriter:
         todo = [r for i, hs in held.items() for h in hs for r in h.users if rules[i](r, h)]
         while todo:
             reader = todo.pop()
-            if reader in gone or reader.target is _EXPERTS:
+            if reader in gone or reader.target is _EXPERTS or is_summed(reader):
                 continue
             if name_of(reader) not in _ELEMENT_BY_ELEMENT:
                 raise Refusal(
