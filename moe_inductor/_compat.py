@@ -93,7 +93,7 @@ import contextlib
 import copy
 import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -276,8 +276,8 @@ def bound_nodes(match: Match) -> dict[PatternExpr, torch.fx.Node]:
 # --- backend.py: how Inductor's generated code calls our ops ---------------------------------------------------------
 
 
-def call_directly(op: OpOverload, function: str, device: str) -> None:
-    """Inductor's Python calls ``function`` (dotted, same arguments) for ``op`` on ``device``, not the dispatcher.
+def call_directly(op: OpOverload, functions: Mapping[str, str]) -> None:
+    """Inductor's Python calls the function of the device (dotted, same arguments) for ``op``, not the dispatcher.
 
     The graph below AOTAutograd needs none of what the dispatcher adds, and a Python op with an autograd formula and
     lists of tensors costs 30 us through it: more than the kernels at one token.  Does nothing on a torch without the
@@ -296,12 +296,25 @@ def call_directly(op: OpOverload, function: str, device: str) -> None:
     def write(node: Any, writeline: Callable[[Any], None]) -> None:
         wrapper = V.graph.wrapper_code
         where = node.get_device()
-        if where is not None and where.type == device:
+        function = functions.get(where.type) if where is not None else None
+        if function is not None:
             wrapper.add_import_once(f"import {function.rpartition('.')[0]}")
             node.python_kernel_name = function
         writeline(ExternKernelAllocLine(wrapper, node))  # what happens without an entry
 
     CUSTOM_EXTERN_KERNEL_CODEGEN[f"torch.ops.{op}"] = CustomCodegen(python=write)
+
+
+def decompose(op: OpOverload, function: Callable[..., Any], device: str) -> None:
+    """Under Inductor, ``op`` on ``device`` is the ATen calls that ``function`` makes, which it then fuses."""
+    from torch._inductor import decomposition
+
+    def decomposed(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs) if args[0].device.type == device else NotImplemented
+
+    decomposition.decompositions[op] = decomposed
+    # A copy of the table is kept from the first compile on, which may have been before this.
+    decomposition.fast_random_decomps.cache_clear()
 
 
 # --- ops/: oneDNN's linear, which Inductor itself lowers to --------------------------------------------------------

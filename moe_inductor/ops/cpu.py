@@ -82,11 +82,14 @@ def fused_experts(*args: Any) -> Tensor:
     slots = tokens * k
     if slots == 0:
         return hidden_states.new_zeros(hidden_states.shape, dtype=call.out_dtype)
+    if tokens == 1 and not (call.weight_on_input or call.gate_up_bias or call.down_bias):
+        experts = topk_ids[0].tolist()
+        if all(0 <= expert < sizes.num_experts for expert in experts):
+            return _one_token(call, unit, sizes, experts)
 
     groups, tokens_of_rows, row_of_slot = _group(topk_ids, sizes.num_experts)
     used = groups[-1][2] if groups else 0
-    one = tokens == 1
-    rows = hidden_states.expand(used, -1) if one else hidden_states.index_select(0, tokens_of_rows)
+    rows = hidden_states.index_select(0, tokens_of_rows)
     if call.weight_on_input:
         flat = topk_weights.reshape(-1)
         scales = torch.empty_like(flat).index_copy_(0, row_of_slot, flat)[:used]
@@ -101,6 +104,30 @@ def fused_experts(*args: Any) -> Tensor:
     return _combine(result, row_of_slot, topk_weights, call.out_dtype)
 
 
+def _one_token(call: Call, unit: Unit, sizes: Sizes, experts: list[int]) -> Tensor:
+    """The same for one row: nothing to sort, and a tensor less per step is what one token can still save."""
+    hidden, width = sizes.hidden_size, sizes.intermediate_size
+
+    def project(rows: Sequence[Tensor], name: str, shape: tuple[int, int]) -> Tensor:
+        weights = _used(getattr(call, name), name, experts, shape)
+        first = weights[0]
+        onednn = first.dtype == torch.float32 and first.numel() >= _ONEDNN_ELEMENTS
+        linear = (_onednn_linear() if onednn and first.is_contiguous() else None) or F.linear
+        return torch.cat([linear(row, w) for row, w in zip(rows, weights, strict=True)])
+
+    same = [call.hidden_states] * len(experts)
+    if call.up_proj:
+        gate = project(same, "gate_up_proj", (width, hidden))
+        up: Tensor | None = project(same, "up_proj", (width, hidden))
+    else:
+        both = project(same, "gate_up_proj", (sizes.inner_rows, hidden))
+        gate, up = _halves(both, unit, call.interleaved)
+    inner = unit.into(gate, up, gate.new_empty((len(experts), width)))
+    result = project(inner.split(1), "down_proj", (hidden, width))
+    dtype = _sum_dtype(result, call.topk_weights.dtype, call.out_dtype)
+    return (call.topk_weights.to(dtype) @ result.to(dtype)).to(call.out_dtype)
+
+
 def _group(topk_ids: Tensor, num_experts: int) -> tuple[list[_Group], Tensor, Tensor]:
     """Slots ``t * k + j`` ordered by expert: each used expert's rows, each row's token, each slot's row.
 
@@ -110,10 +137,6 @@ def _group(topk_ids: Tensor, num_experts: int) -> tuple[list[_Group], Tensor, Te
     groups: list[_Group] = []
     if slots <= _FEW_SLOTS:
         ids = topk_ids.reshape(-1).tolist()
-        if slots == k and all(0 <= expert < num_experts for expert in ids):
-            # One token: every slot is a group of its own, and every row is the same row.
-            rows = torch.arange(slots)
-            return [(expert, slot, slot + 1) for slot, expert in enumerate(ids)], rows, rows
         ordered = [slot for slot in range(slots) if 0 <= ids[slot] < num_experts]
         ordered.sort(key=ids.__getitem__)
         used = len(ordered)
@@ -200,7 +223,8 @@ def _project(
     linear = _linears_fp32 if out.dtype == torch.float32 else _linears
     outs = out.split_with_sizes([x.shape[0] for x in inputs])
     weights, biases = getattr(call, f"{name}_proj"), getattr(call, f"{name}_bias")
-    linear(inputs, _used(weights, f"{name}_proj", block, shape), outs)
+    used = _used(weights, f"{name}_proj", [expert for expert, _, _ in block], shape)
+    linear(inputs, used, outs)
     if biases:
         for each, (expert, _, _) in zip(outs, block, strict=True):
             each += _bias(biases, f"{name}_bias", expert, shape[0])
@@ -251,15 +275,14 @@ def _grouped_block(call: Call, unit: Unit, rows: Tensor, groups: list[_Group]) -
 
 
 def _used(
-    weights: Sequence[Tensor], name: str, groups: list[_Group], shape: tuple[int, int]
+    weights: Sequence[Tensor], name: str, experts: list[int], shape: tuple[int, int]
 ) -> list[Tensor]:
-    """The weights of the experts in ``groups``, as [in, out] views."""
+    """The weights of these experts, each [out, in]."""
     if weights[0].dim() == 3:
-        stacked = weights[0].mT
-        return [stacked.select(0, expert) for expert, _, _ in groups]
-    for expert, _, _ in groups:
+        return [weights[0].select(0, expert) for expert in experts]
+    for expert in experts:
         check_expert(expert, name, weights[expert], shape)
-    return [weights[expert].t() for expert, _, _ in groups]
+    return [weights[expert] for expert in experts]
 
 
 def _blocks(groups: list[_Group], width: int) -> list[tuple[int, int]]:
@@ -279,26 +302,26 @@ def _blocks(groups: list[_Group], width: int) -> list[tuple[int, int]]:
 
 
 def _linears(xs: Sequence[Tensor], weights: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
-    """``out[:] = x @ weight`` for each expert; ``weight`` is [in, out]."""
+    """``out[:] = x @ weight.T`` for each expert; ``weight`` is [out, in]."""
     mm = torch.mm
     for x, weight, out in zip(xs, weights, outs, strict=True):
-        mm(x, weight, out=out)
+        mm(x, weight.t(), out=out)
 
 
 def _linears_fp32(xs: Sequence[Tensor], weights: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
     """The same by the product that is fastest for these sizes."""
     mm = torch.mm
     large = weights[0].numel() >= _ONEDNN_ELEMENTS
-    onednn = _onednn_linear() if large and weights[0].stride(0) == 1 else None
+    onednn = _onednn_linear() if large and weights[0].stride(1) == 1 else None
     few = 4 if large else 8
     for x, weight, out in zip(xs, weights, outs, strict=True):
         if 2 <= x.shape[0] <= few:
             # Contiguous: with x^T stored row by row this product is five times slower, not faster.
-            out.copy_(mm(weight.t(), x.contiguous().t()).t())
+            out.copy_(mm(weight, x.contiguous().t()).t())
         elif onednn is not None:
-            out.copy_(onednn(x, weight.t()))
+            out.copy_(onednn(x, weight))
         else:
-            mm(x, weight, out=out)
+            mm(x, weight.t(), out=out)
 
 
 @functools.cache
@@ -314,12 +337,7 @@ def _combine(
 ) -> Tensor:
     """``y[t] = sum_j topk_weights[t, j] * result[row of slot (t, j)]``, summed in fp32 or fp64."""
     tokens, k = topk_weights.shape
-    dtype = result.dtype
-    if not (dtype == topk_weights.dtype == out_dtype):
-        # embedding_bag has one dtype for rows, weights and sum: take one that rounds none of them.
-        dtype = torch.float32
-        if torch.float64 in (result.dtype, topk_weights.dtype):
-            dtype = torch.float64
+    dtype = _sum_dtype(result, topk_weights.dtype, out_dtype)
     return torch.embedding_bag(
         result.to(dtype),
         row_of_slot,
@@ -327,3 +345,10 @@ def _combine(
         mode=0,
         per_sample_weights=topk_weights.reshape(-1).to(dtype),
     )[0].to(out_dtype)
+
+
+def _sum_dtype(result: Tensor, weights_dtype: torch.dtype, out_dtype: torch.dtype) -> torch.dtype:
+    """One dtype for rows, weights and sum that rounds none of them."""
+    if result.dtype == weights_dtype == out_dtype:
+        return result.dtype
+    return torch.float64 if torch.float64 in (result.dtype, weights_dtype) else torch.float32

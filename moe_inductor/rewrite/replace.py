@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from moe_inductor import _compat, ops  # noqa: F401  (registers the ops)
+from moe_inductor import _compat
 from moe_inductor.description import Experts, Router
 from moe_inductor.match.bind import Bound, BoundRouter, Weight
+from moe_inductor.ops import cpu
 from moe_inductor.ops.check import Routing
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.canonical import Canonical
@@ -37,8 +38,13 @@ from moe_inductor.rewrite.remake import Remake
 
 _EXPERTS = torch.ops.moe_inductor.fused_experts.default
 _ROUTING = torch.ops.moe_inductor.topk_routing.default
-_compat.call_directly(_EXPERTS, "moe_inductor.ops.cuda.fused_experts", "cuda")
-_compat.call_directly(_ROUTING, "moe_inductor.ops.cuda.topk_routing", "cuda")
+_compat.call_directly(
+    _EXPERTS,
+    {"cpu": "moe_inductor.ops.cpu.fused_experts", "cuda": "moe_inductor.ops.cuda.fused_experts"},
+)
+_compat.call_directly(_ROUTING, {"cuda": "moe_inductor.ops.cuda.topk_routing"})
+# Nothing is gained on the CPU by twenty calls of ATen in one op, and at one token they are a tenth of the block.
+_compat.decompose(_ROUTING, cpu.topk_routing, "cpu")
 # What may stand between a router and fused experts: each element stays what and where it is.
 _ELEMENT_BY_ELEMENT = frozenset({"reshape", "view", "flatten", "contiguous", "to", "type", "float"})
 _ROUTING_DEFAULTS = Routing._field_defaults

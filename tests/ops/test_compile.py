@@ -1,5 +1,7 @@
 """What torch.compile asks of the ops: opcheck, exact fake implementations, no recompiles, no weight copies."""
 
+import functools
+
 import pytest
 import torch
 from oracle import storages, unit_scale_inputs
@@ -86,6 +88,22 @@ def test_opcheck_routing(renormalise, weights_dtype):
     torch.library.opcheck(OPS.topk_routing.default, (logits, 2, renormalise, weights_dtype))
 
 
+@pytest.fixture(autouse=True)
+def decompose_nothing(monkeypatch):
+    """Inductor's table without what other tests of the same process had registered by importing the backend."""
+    from torch._inductor import decomposition
+
+    table = dict(decomposition.decompositions)
+    table.pop(OPS.topk_routing.default, None)
+    monkeypatch.setattr(decomposition, "decompositions", table)
+    decomposition.fast_random_decomps.cache_clear()
+    monkeypatch.setattr(
+        decomposition,
+        "fast_random_decomps",
+        functools.cache(decomposition.fast_random_decomps.__wrapped__),
+    )
+
+
 class Block(torch.nn.Module):
     def __init__(self, lists, k=2):
         super().__init__()
@@ -157,7 +175,7 @@ def test_unbacked_number_of_tokens():
 def test_inductor_copies_no_weight(storage):
     data = unit_scale_inputs(6, 4, 2, 16, 8)
     block = Block(storages(data)[storage])
-    with torch.no_grad():
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
         compiled = torch.compile(block, dynamic=False)
         out, (code, *_) = run_and_get_code(compiled, data.hidden_states, data.router_logits)
     torch.testing.assert_close(out, block(data.hidden_states, data.router_logits))
@@ -195,11 +213,25 @@ def test_inductor_calls_ours_without_the_dispatcher(monkeypatch):
         (OPS.topk_routing.default, "moe_inductor.ops.cpu.topk_routing"),
     ):
         monkeypatch.setitem(registry, f"torch.ops.{op}", None)  # undone after the test
-        _compat.call_directly(op, function, "cpu")
+        _compat.call_directly(op, {"cpu": function})
     with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
         compiled = torch.compile(block, dynamic=False)
         out, (code, *_) = run_and_get_code(compiled, data.hidden_states, data.router_logits)
     assert "= moe_inductor.ops.cpu.fused_experts(" in code
     assert "= moe_inductor.ops.cpu.topk_routing(" in code
     assert "= torch.ops.moe_inductor" not in code
+    torch.testing.assert_close(out, block(data.hidden_states, data.router_logits))
+
+
+def test_routing_on_cpu_is_compiled_with_what_surrounds_it(monkeypatch):
+    from moe_inductor import _compat
+    from moe_inductor.ops import cpu
+
+    data = unit_scale_inputs(6, 4, 2, 16, 8)
+    block = Block(storages(data)["stacked"])
+    _compat.decompose(OPS.topk_routing.default, cpu.topk_routing, "cpu")
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+        compiled = torch.compile(block, dynamic=False)
+        out, (code, *_) = run_and_get_code(compiled, data.hidden_states, data.router_logits)
+    assert "= torch.ops.moe_inductor.topk_routing" not in code
     torch.testing.assert_close(out, block(data.hidden_states, data.router_logits))
