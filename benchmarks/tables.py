@@ -255,9 +255,58 @@ def render_capture(run: dict[str, Any]) -> list[str]:
     ]
 
 
+def render_compiled(run: dict[str, Any]) -> list[str]:
+    header = [
+        "kernel",
+        "weights",
+        "tile",
+        "warps",
+        "stages",
+        "registers",
+        "spilled",
+        "shared",
+        "used in",
+    ]
+    rows = []
+    for kernel in run["kernels"]:
+        tile = " x ".join(str(kernel[n]) for n in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if n in kernel)
+        rows.append(
+            [
+                kernel["kernel"].strip("_"),
+                kernel["stored"],
+                tile,
+                str(kernel.get("num_warps", 4)),
+                str(kernel.get("num_stages", "")),
+                str(kernel["registers"]),
+                f"{kernel['spilled']} B",
+                f"{kernel['shared'] / 1024:.0f} KiB",
+                _cells(kernel["cells"]),
+            ]
+        )
+    spilling = sum(kernel["spilled"] > 0 for kernel in run["kernels"])
+    return [
+        f"What the assembler says of every kernel that the six shapes launch on {run['target']}, bf16: registers per "
+        f"thread, spilled bytes per thread, shared memory per block. {spilling} of {len(rows)} spill. "
+        f"`{run['command']}` (no GPU needed), Triton {run['triton']}, torch {run['torch']}, {run['date']}.",
+        "",
+        *table(header, rows),
+    ]
+
+
+def _cells(cells: list[str]) -> str:
+    """ "qwen3 1", "qwen3 2" as "qwen3 1, 2"."""
+    tokens: dict[str, list[str]] = {}
+    for cell in dict.fromkeys(cells):
+        shape, T = cell.split()
+        tokens.setdefault(shape, []).append(T)
+    return "; ".join(f"{shape} {', '.join(many)}" for shape, many in tokens.items())
+
+
 def render_any(run: dict[str, Any]) -> list[str]:
     if "rows" in run:
         return render_layers(run)
+    if "kernels" in run:
+        return render_compiled(run)
     return render_capture(run) if "threads" in run else render(run)
 
 

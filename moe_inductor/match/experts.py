@@ -24,10 +24,17 @@ from moe_inductor.match.loop import MLP, Group, Iteration, group_iterations
 from moe_inductor.match.pieces import PROJECTIONS, Pieces, Shapes, experts_pieces, unviewed
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.canonical import Canonical, Folded
-from moe_inductor.region.nodes import location, value
+from moe_inductor.region.nodes import location, name_of, value
 from moe_inductor.region.rows import are_distinct, hits, kept_of
 from moe_inductor.unit import parse
 
+# How many operators to look at between the experts and the sum over them, which of them make a norm of rows, and which
+# are not worth telling.
+_AFTER_PROJECTION = 24
+_OVER_ROWS = frozenset(
+    {"mean", "var_mean", "native_layer_norm", "_fused_rms_norm", "linalg_vector_norm"}
+)
+_UNTOLD = frozenset({"view", "permute", "_to_copy", "expand", "sym_size", "full"})
 # Casting GEMMs: their operands may differ in dtype in the model.
 _STACK = torch.ops.aten.stack.default
 _CASTING = ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
@@ -151,12 +158,31 @@ class _Attempt:
         assert pieces is not None
         rows = pieces.rows.match(y) if pieces.rows is not None else None
         if not rows:
-            raise Refusal(
-                Code.SPELLING,
-                "the experts' second projection is not one of this spelling",
-                location(y) or location(match.output_node()),
-            )
+            raise self._no_projection(y, location(y) or location(match.output_node()))
         return rows.kwargs
+
+    def _no_projection(self, y: fx.Node, where: str) -> Refusal:
+        """Why ``y`` is not what the second projection gives: most likely because something is done with that."""
+        between, todo, is_of_experts = [], [y], False
+        while todo and len(between) < _AFTER_PROJECTION:
+            node = todo.pop(0)
+            if node.op != "call_function" or node in between:
+                continue
+            if between and self._projection(node, "second") is not None:
+                is_of_experts = True
+                continue
+            between.append(node)
+            todo += node.all_input_nodes
+        steps = [n for n in between if name_of(n) not in _UNTOLD]
+        if is_of_experts and steps:
+            norms = [n for n in steps if name_of(n) in _OVER_ROWS]
+            names = dict.fromkeys(f"`{name_of(n)}`" for n in reversed(steps))
+            what = "a norm" if norms else "more than a routing weight"
+            words = f"{what} stands between the experts and the sum over them ({', '.join(names)})"
+            found = next(filter(None, map(location, (*norms, *steps))), where)
+            return Refusal(Code.SPELLING, words, found)
+        words = "the experts' second projection is not one of this spelling"
+        return Refusal(Code.SPELLING, words, where)
 
     def _projection(self, node: fx.Node, which: str) -> dict[str, Any] | None:
         """What ``node``, a projection's result, is made of; None where it is something else."""

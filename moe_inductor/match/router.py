@@ -80,6 +80,7 @@ def propose_routers(
     if refused:
         raise refused[-1]
     names = ", ".join(f"`{n}`" for n in _named_steps(bound.topk_weights))
+    names = names or "its weights reach the block as an input"
     raise Refusal(Code.ROUTER, f"router not recognised ({names})", where)
 
 

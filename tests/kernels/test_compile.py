@@ -3,37 +3,25 @@
 The launches are recorded on meta tensors, so the shapes can be those of real models.
 """
 
-import pathlib
-import re
-import subprocess
-
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from moe_inductor.kernels import align, combine, decode, down, gate_up, routing  # noqa: E402
+from benchmarks.compiled import Launch, assembled, recording  # noqa: E402
+from moe_inductor.kernels import gate_up  # noqa: E402
 from moe_inductor.ops import cuda  # noqa: E402
 from tests.routers import ROUTERS, call  # noqa: E402
 from tests.units import GATED  # noqa: E402
 
-TYPES = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.int32: "i32",
-    torch.int64: "i64",
-}
 QWEN3 = dict(E=128, k=8, H=2048, I=768)
 MIXTRAL = dict(E=8, k=2, H=4096, I=14336)
 
 
 @pytest.fixture
-def record(monkeypatch):
+def record():
     def run(
         capability,
         T,
@@ -49,15 +37,6 @@ def record(monkeypatch):
         biased=False,
         **facts,
     ):
-        launches = []
-
-        def launch(kernel, grid, *args, **meta):
-            launches.append((kernel, args, meta))
-
-        for module in (align, combine, decode, down, gate_up, routing):
-            monkeypatch.setattr(module, "launch", launch)
-        monkeypatch.setattr(cuda, "_capability", lambda device: capability)
-        monkeypatch.setattr(cuda, "_num_multiprocessors", lambda device: 132)
         with torch.device("meta"):
             shapes = (E, rows * I, H), (E, H, I)
             weights = [
@@ -71,68 +50,40 @@ def record(monkeypatch):
         gate_up_proj, down_proj = [
             [w] if layout == "stacked" else list(w.unbind(0)) for w in weights
         ]
-        topk_weights, topk_ids = cuda.topk_routing(logits, k, True, dtype)
-        cuda.fused_experts(
-            x,
-            topk_ids,
-            topk_weights,
-            gate_up_proj,
-            [],
-            down_proj,
-            unit,
-            dtype,
-            gate_up_bias=biases[0],
-            down_bias=biases[1],
-            **facts,
-        )
+        with recording(capability) as launches:
+            topk_weights, topk_ids = cuda.topk_routing(logits, k, True, dtype)
+            cuda.fused_experts(
+                x,
+                topk_ids,
+                topk_weights,
+                gate_up_proj,
+                [],
+                down_proj,
+                unit,
+                dtype,
+                gate_up_bias=biases[0],
+                down_bias=biases[1],
+                **facts,
+            )
         return launches
 
     return run
 
 
-def compile_for(target, kernel, args, meta):
-    """The JIT's specialisation of the arguments (1, multiples of 16), done by hand."""
-    options = {n: meta[n] for n in ("num_warps", "num_stages") if n in meta}
-    values = dict(zip(kernel.arg_names, args, strict=False))
-    values |= {n: v for n, v in meta.items() if n not in options}
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(kernel.params):
-        name, value = parameter.name, values[parameter.name]
-        if parameter.is_constexpr or value is None:
-            signature[name], constants[(index,)] = "constexpr", value
-        elif isinstance(value, TensorDescriptor):
-            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape}>"
-        elif isinstance(value, torch.Tensor):
-            signature[name] = f"*{TYPES[value.dtype]}"
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif value == 1 and not parameter.do_not_specialize:
-            signature[name], constants[(index,)] = "constexpr", 1
-        else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options=options)
+def compile_for(target, *launch):
+    return Launch(*launch).compile(target)
 
 
-def spilled_bytes(compiled, tmp_path):
-    """From the assembler's report; None if no ptxas of this Triton takes the PTX."""
-    ptx = compiled.asm["ptx"]
-    file = tmp_path / "kernel.ptx"
-    file.write_text(ptx)
-    architecture = re.search(r"\.target (\w+)", ptx).group(1)
-    for ptxas in (pathlib.Path(triton.__file__).parent / "backends/nvidia/bin").glob("ptxas*"):
-        command = [ptxas, "-v", f"--gpu-name={architecture}", file, "-o", tmp_path / "kernel.cubin"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode == 0:
-            return sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", done.stderr))
-    return None
+def spilled_bytes(compiled):
+    """None if no ptxas of this Triton takes the PTX."""
+    found = assembled(compiled)
+    return None if found is None else found["spilled"]
 
 
 @pytest.mark.parametrize("layout", ["stacked", "per_expert"])
 @pytest.mark.parametrize("shape", ["QWEN3", "MIXTRAL"])
 @pytest.mark.parametrize("T", [1, 8, 128, 4096])
-def test_sm90(T, shape, layout, record, tmp_path):
+def test_sm90(T, shape, layout, record):
     if layout == "per_expert" and shape == "MIXTRAL":
         pytest.skip("the same kernels as QWEN3's")
     for kernel, args, meta in record((9, 0), T, **globals()[shape], layout=layout):
@@ -141,7 +92,7 @@ def test_sm90(T, shape, layout, record, tmp_path):
         # Descriptors made in the persistent loop cost four registers more than there are.  Measured: still up to
         # 14 % faster than the variants that do not spill.
         allowed = 16 if meta.get("USE_BOX") and meta["FROM_TABLE"] else 0
-        assert (spilled_bytes(compiled, tmp_path) or 0) <= allowed, (kernel, meta)
+        assert (spilled_bytes(compiled) or 0) <= allowed, (kernel, meta)
         ptx = compiled.asm["ptx"]
         if meta.get("BLOCK_M", 0) >= 64 and "BLOCK_K" in meta:
             assert "wgmma.mma_async" in ptx
@@ -175,11 +126,11 @@ VARIANTS = {
 
 @pytest.mark.parametrize("T", [1, 64, 4096])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_sm90_variants(variant, T, record, tmp_path):
+def test_sm90_variants(variant, T, record):
     for kernel, args, meta in record((9, 0), T, **VARIANTS[variant]):
         compiled = compile_for(GPUTarget("cuda", 90, 32), kernel, args, meta)
         assert compiled.metadata.shared <= 227 * 1024
-        assert not spilled_bytes(compiled, tmp_path), (kernel, meta)
+        assert not spilled_bytes(compiled), (kernel, meta)
         if variant in ("nemotron", "gelu") and T == 4096 and "LAYOUT" in meta:
             assert "cp.async.bulk.tensor" in compiled.asm["ptx"]
 
@@ -194,11 +145,11 @@ def test_variants_on_other_gpus(target, T, record):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("T", [1, 64, 4096])
-def test_sm90_other_dtypes(T, dtype, record, tmp_path):
+def test_sm90_other_dtypes(T, dtype, record):
     for kernel, args, meta in record((9, 0), T, **MIXTRAL, dtype=dtype):
         compiled = compile_for(GPUTarget("cuda", 90, 32), kernel, args, meta)
         assert compiled.metadata.shared <= 227 * 1024
-        assert not spilled_bytes(compiled, tmp_path), (kernel, meta)
+        assert not spilled_bytes(compiled), (kernel, meta)
         assert "tf32" not in compiled.asm["ptx"]
 
 
@@ -238,19 +189,16 @@ RELEASED = {
     ids=lambda t: str(t.arch),
 )
 @pytest.mark.parametrize("name", RELEASED)
-def test_routers(name, target, monkeypatch, tmp_path):
-    launches = []
-    monkeypatch.setattr(
-        routing, "launch", lambda kernel, grid, *args, **meta: launches.append((kernel, args, meta))
-    )
+def test_routers(name, target):
     E, k, sizes = RELEASED[name]
     with torch.device("meta"):
         logits, bias = torch.empty(64, E, dtype=torch.bfloat16), torch.empty(E)
     args, facts = call(logits, bias, ROUTERS[name] | sizes, k)
-    cuda.topk_routing(*args, **facts, score_dtype=torch.bfloat16)
+    with recording((9, 0)) as launches:
+        cuda.topk_routing(*args, **facts, score_dtype=torch.bfloat16)
     (launch,) = launches
     compiled = compile_for(target, *launch)
-    assert not spilled_bytes(compiled, tmp_path)
+    assert not spilled_bytes(compiled)
 
 
 def test_softmax_needs_no_more_than_it_did(record):
