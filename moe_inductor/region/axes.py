@@ -83,7 +83,9 @@ def _quotient(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
 def _factors(atom: Atom, size: Any, wanted: sympy.Expr, later: Sequence[Any]) -> list[Atom] | None:
     """``atom`` as its first factor of ``size`` and the rest, which is the product of the first of ``later``."""
     rest = _quotient(_expr(atom.size), wanted)
-    for other in later if rest is not None else ():
+    if rest is None:
+        return None
+    for other in later:
         quotient = _quotient(rest, _expr(other))
         if quotient is None:
             return None

@@ -1,8 +1,8 @@
 """Rules about products of tokens with the weights of all experts, in whatever order an einsum has its letters.
 
-The uniform spelling is ``bmm(rows [E, T, in], weight [E, in, out])``, and what is computed from it element by element is
-computed in that order as well: a permute or a view moves behind it, until the sum over the experts takes it away.  That
-sum is ``sum(y [E, T, H] * scores [E, T, 1], 0)``, which an einsum writes as a product with the scores.
+The uniform spelling is ``bmm(rows [E, T, in], weight [E, in, out])``, and what is computed from it element by element
+is computed in that order as well: a permute or a view moves behind it, until the sum over the experts takes it away.
+That sum is ``sum(y [E, T, H] * scores [E, T, 1], 0)``, which an einsum writes as a product with the scores.
 
 The terms of a sum have no order, and a score is taken out of the last projection: ``(h s) W = (h W) s``.
 """
@@ -44,7 +44,7 @@ def is_of_experts(node: fx.Node) -> bool:
     if node.target is aten.expand.default:
         return same_sizes(value(node).shape[1:], value(node_arg(node, 0)).shape)
     if node.target is aten.slice.Tensor:
-        return node.args[1] == 2 and is_of_experts(node_arg(node, 0))
+        return bool(node.args[1] == 2) and is_of_experts(node_arg(node, 0))
     return node.target in _ELEMENTWISE and any(
         same_sizes(value(a).shape, value(node).shape) and is_of_experts(a)
         for a in node.all_input_nodes
@@ -197,8 +197,9 @@ def _without_score(hidden: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     if hidden.target is not aten.mul.Tensor or len(hidden.args) != 2:
         return hidden, None
     h, s = hidden.args
-    computed = isinstance(h, fx.Node) and h.target is not aten.expand.default and is_of_experts(h)
-    if not computed or not isinstance(s, fx.Node) or not _is_score(s):
+    if not isinstance(h, fx.Node) or not isinstance(s, fx.Node):
+        return hidden, None
+    if h.target is aten.expand.default or not is_of_experts(h) or not _is_score(s):
         return hidden, None
     return (h, s) if value(h).dtype == value(s).dtype == value(hidden).dtype else (hidden, None)
 
@@ -291,12 +292,13 @@ def _sliced(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 def _part(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     """split(view(y), n, d)[i] is a slice as well."""
     pack, position = args
-    if not isinstance(pack, fx.Node) or pack.target not in _SPLITS:
+    if not isinstance(pack, fx.Node) or pack.target not in _SPLITS or pack.kwargs:
         return None
-    axes, rest = _laid(pack.args[0]), list(pack.args[2:])
+    axes = _laid(pack.args[0])
     if axes is None:
         return None
-    dim = (rest[0] if rest else 0) % len(axes.dims)
+    dim: Any = pack.args[2] if len(pack.args) > 2 else 0
+    dim %= len(axes.dims)
     lengths = [part.shape[dim] for part in value(pack)]
     if axes.dims[dim] != axes.of(2) or not all(isinstance(n, int) for n in lengths):
         return None

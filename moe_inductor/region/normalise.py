@@ -714,8 +714,8 @@ def _key(item: Any) -> Any:
 
 
 # They register their rules, with what stands above.
+from moe_inductor.region import einsums as _einsums  # noqa: E402, F401
 from moe_inductor.region import one_batch as _one_batch  # noqa: E402
 from moe_inductor.region import rows as _rows  # noqa: E402, F401
 from moe_inductor.region import sparse as _sparse  # noqa: E402, F401
-from moe_inductor.region import stacks as _stacks  # noqa: E402, F401, I001
-from moe_inductor.region import einsums as _einsums  # noqa: E402, F401
+from moe_inductor.region import stacks as _stacks  # noqa: E402, F401
