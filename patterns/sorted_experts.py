@@ -213,6 +213,32 @@ class ScoredAfter(Scattered):
         return torch.zeros_like(x).scatter_add(dim=0, index=token, src=y)
 
 
+class SharedFirst(ScoredAfter):
+    """torchtitan with shared experts: the rows of the others are added to what these gave."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared = _blocks.MLP()
+
+    def add_to(self, base, token, y):
+        return base.scatter_add(dim=0, index=token, src=y)
+
+    def experts(self, x, topk_ids, topk_weights):
+        base = self.shared(x)
+        sizes = self.counts(topk_ids, topk_weights).tolist()
+        order = torch.argsort(topk_ids.view(-1), stable=True)
+        token = (order // TOP_K).reshape(-1, 1).expand(-1, HIDDEN)
+        y = self.mlp(torch.gather(x, dim=0, index=token), sizes)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y = (y.to(wide) * topk_weights.view(-1)[order].reshape(-1, 1)).to(x.dtype)
+        return self.add_to(base, token, y)
+
+
+class AddsToX(Split):
+    def add(self, x, token, y):
+        return x.clone().index_add(0, token, y)
+
+
 class PutBackByInverse(Split):
     """Pairs are put back by the inverse permutation, as grouped GEMMs do it, and then weighted."""
 
@@ -462,9 +488,30 @@ class NoGrad(Split):
             return super().mlp(rows, sizes)
 
 
-class AddsToX(Split):
-    def add(self, x, token, y):
-        return x.clone().index_add(0, token, y)
+class AddsTwiceToBase(SharedFirst):
+    """The sum counts twice, what it is added to once."""
+
+    def add_to(self, base, token, y):
+        return base.index_add(0, token[:, 0], y, alpha=2)
+
+
+class AddsToBaseElsewhere(SharedFirst):
+    def add_to(self, base, token, y):
+        return base.scatter_add(dim=0, index=token.flip(0), src=y)
+
+
+class PutsIntoBase(SharedFirst):
+    """Replaced, not added to."""
+
+    def add_to(self, base, token, y):
+        return base.index_copy(0, token[:, 0], y)
+
+
+class BaseReadsRows(SharedFirst):
+    """What the rows are added to is scaled by one of them."""
+
+    def add_to(self, base, token, y):
+        return super().add_to(base * y[:1], token, y)
 
 
 class AddsTwice(Split):
@@ -625,6 +672,8 @@ SORTED_EXPERTS = ExpertsSpelling(
         Sample(name="listed", build=Listed, brief=True),
         *([Sample(name="written", build=Written)] if CAN_WRITE_SLICES else []),
         Sample(name="scattered", build=Scattered, brief=True),
+        Sample(name="shared_first", build=SharedFirst),
+        Sample(name="adds_to_x", build=AddsToX, brief=True),
         Sample(name="scored_after", build=ScoredAfter, brief=True),
         Sample(name="put_back_by_inverse", build=PutBackByInverse, brief=True),
         Sample(name="top_one", build=TopOne, brief=True),
@@ -664,7 +713,10 @@ SORTED_EXPERTS = ExpertsSpelling(
         NearMiss(name="post_norm", build=PostNorm, code="SPELLING"),
         NearMiss(name="detached", build=Detached, code="SPELLING"),
         NearMiss(name="no_grad", build=NoGrad, code="GRAD_STATE"),
-        NearMiss(name="adds_to_x", build=AddsToX, code="SPELLING"),
+        NearMiss(name="adds_twice_to_base", build=AddsTwiceToBase, code="SPELLING"),
+        NearMiss(name="adds_to_base_elsewhere", build=AddsToBaseElsewhere, code="SPELLING"),
+        NearMiss(name="puts_into_base", build=PutsIntoBase, code="SPELLING"),
+        NearMiss(name="base_reads_rows", build=BaseReadsRows, code="ESCAPES"),
         NearMiss(name="adds_twice", build=AddsTwice, code="SPELLING"),
         NearMiss(name="adds_elsewhere", build=AddsElsewhere, code="SPELLING"),
         NearMiss(name="overwrites_tokens", build=OverwritesTokens, code="SPELLING"),

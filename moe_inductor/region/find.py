@@ -51,6 +51,7 @@ _GEMMS = (
 )
 # Reading rows of something computed outside is how experts get their tokens.
 _GATHERS = frozenset({"getitem", "index_select", "gather", "take_along_dim", "embedding", "take"})
+_ADDS_ROWS = frozenset({"index_add", "scatter_add"})
 # Pulled into a region when they only prepare one of its operands: no arithmetic, cheap to trace twice.
 _VIEWS = frozenset(
     {
@@ -374,6 +375,8 @@ class _Reach:
             return (
                 False  # a counter that the model keeps: it stays where it is and reads the region
             )
+        if name_of(node) in _ADDS_ROWS:  # to what another part of the layer gave: shared experts
+            return len(inputs) > 1 and all(map(self._inside, inputs[1:]))
         if name_of(node) in _GATHERS:
             return self._inside(inputs[0]) or all(map(self._inside, inputs[1:]))
         return all(

@@ -130,7 +130,7 @@ def unsorted(out: Emitter, node: fx.Node) -> fx.Node | None:
     found = _undoes(node)
     if found is None:
         return None
-    order, rows, is_summed = found
+    order, rows, base = found
     if not _has_parts(rows):
         return None
     try:
@@ -139,18 +139,21 @@ def unsorted(out: Emitter, node: fx.Node) -> fx.Node | None:
         out.refused.append(refusal)
         return None
     out.pairs[made] = order
-    if not is_summed:
+    if base is None:
         return made
     per_token = _per_token(out, made, order)
-    return out.apply(aten.sum.dim_IntList, (per_token, [1]), {}, value(node), _origin(node))
+    summed = out.apply(aten.sum.dim_IntList, (per_token, [1]), {}, value(node), _origin(node))
+    if fill_of(base) == 0:
+        return summed
+    return out.apply(aten.add.Tensor, (base, summed), {}, value(node), _origin(node))
 
 
-def _undoes(node: fx.Node) -> tuple[Order, fx.Node, bool] | None:
-    """The order, the sorted rows, and whether they are added up at their tokens."""
+def _undoes(node: fx.Node) -> tuple[Order, fx.Node, fx.Node | None] | None:
+    """The order, the sorted rows, and what they are added to at their tokens, if they are added up."""
     target, args = node.target, node.args
     if target is aten.index.Tensor and len(args[1]) == 1:  # type: ignore[arg-type]
         order = _inverted(args[1][0])  # type: ignore[index]
-        return order and (order, node_arg(node, 0), False)
+        return order and (order, node_arg(node, 0), None)
     if target is aten.index_put.default and len(args[1]) == 1:  # type: ignore[arg-type]
         base, (index,), rows = args[:3]  # type: ignore[misc]
         is_summed = len(args) == 4 and args[3] is True
@@ -165,7 +168,7 @@ def _undoes(node: fx.Node) -> tuple[Order, fx.Node, bool] | None:
         return None
     if is_summed:
         order = _tokens(index)
-        fits = order is not None and fill_of(base) == 0 and value(base).dim() == 2
+        fits = order is not None and value(base).dim() == 2
         if order is not None and fits:
             fits = str(value(base).shape[0]) == str(order.tokens)
     else:
@@ -174,7 +177,7 @@ def _undoes(node: fx.Node) -> tuple[Order, fx.Node, bool] | None:
     if not fits or order is None or value(base).dtype != value(rows).dtype:
         return None
     widths = [str(value(n).shape[1:]) for n in (base, rows)]
-    return (order, rows, is_summed) if widths[0] == widths[1] else None
+    return (order, rows, base if is_summed else None) if widths[0] == widths[1] else None
 
 
 def order_of(index: Any) -> Order | None:

@@ -95,12 +95,14 @@ class Rewriter:
     # -- the experts -------------------------------------------------------------------------------------------------
     def fuse_experts(self, bound: Bound) -> fx.Node:
         """Replace the block's output by one call of ``fused_experts``.  Raises Refusal(ESCAPES, MUTATION, LAYOUT)."""
-        outputs = self._outputs(bound.output)
+        outputs, base = self._outputs(bound.output)
         position = min(self.ready(h) for h in outputs)
         (after,) = (n for n in self.graph.nodes if self.order[n] == position)
         remake = Remake(self.canonical, lambda node: self._holder(node, position))
         for operand in bound.inputs():
             remake.plan(operand)
+        if base is not None:
+            remake.plan(base)
         made = value(outputs[0])
         if not made.is_contiguous():
             raise Refusal(Code.LAYOUT, "the block's output is not contiguous", location(outputs[0]))
@@ -120,6 +122,7 @@ class Rewriter:
             anchor = self.graph.call_function(_EXPERTS, ())
         with self.graph.inserting_before(anchor):
             inputs = {n: remake.emit(self.graph, n, self._finish) for n in bound.inputs()}
+            held = None if base is None else remake.emit(self.graph, base, self._finish)
             x, ids = inputs[bound.x], self._matrix(inputs[bound.topk_ids], moe.top_k)
             if bound.topk_weights is not None:
                 weights = self._matrix(inputs[bound.topk_weights], moe.top_k)
@@ -148,21 +151,30 @@ class Rewriter:
         if not self.holders(bound.output):
             with self.graph.inserting_after(result):
                 result = self._as_held(result, outputs[0])
+        if held is not None:
+            with self.graph.inserting_after(result):
+                result = self.graph.call_function(torch.add, (held, result))
+            self._finish(result, outputs[0])
         self._redirect(outputs, result, replaced)
         erase_unneeded(self.canonical.region, keep)
         return anchor
 
-    def _outputs(self, output: fx.Node) -> list[fx.Node]:
-        """The holders of the block's output [T, H], or, where the model has none, of the first view of it."""
+    def _outputs(self, output: fx.Node) -> tuple[list[fx.Node], fx.Node | None]:
+        """The holders of the block's output [T, H], or, where the model has none, of the first view of it, or of the
+        sum of it and something that is given then: what the experts' rows were added to one by one."""
         views = [n for n in output.users if n.target is torch.ops.aten.view.default]
         held = [holders for n in (output, *views) if (holders := self.holders(n))]
         if not held:
+            for total in output.users:
+                base = _added(total, output)
+                if base is not None and (holders := self.holders(total)):
+                    return holders, base
             raise Refusal(Code.MUTATION, "the block's output is never held by the model", "")
         if not self.holders(output):
             held.sort(key=lambda holders: min(map(self.ready, holders)))
             if self._like(held[0][0], value(output)) is None:
                 raise Refusal(Code.LAYOUT, "the shape of the block's output is not known", "")
-        return held[0]
+        return held[0], None
 
     def _like(self, holder: fx.Node, made: torch.Tensor) -> list[int] | fx.Node | None:
         """What tells the shape of ``holder``: sizes, of which one may be -1, or a tensor that comes before it."""
@@ -388,6 +400,17 @@ class Rewriter:
         node.meta["example_value"] = made
         if "stack_trace" in like.meta:
             node.meta["stack_trace"] = like.meta["stack_trace"]
+
+
+def _added(total: fx.Node, output: fx.Node) -> fx.Node | None:
+    """b where ``total`` is b + output, and nothing is broadcast or promoted."""
+    if total.target is not torch.ops.aten.add.Tensor or total.kwargs or len(total.args) != 2:
+        return None
+    (base,) = [a for a in total.args if a is not output] or [None]
+    if not isinstance(base, fx.Node) or not is_tensor(base):
+        return None
+    alike = value(base).dtype == value(output).dtype == value(total).dtype
+    return base if alike and same_sizes(value(base).shape, value(output).shape) else None
 
 
 def _arguments(
