@@ -234,7 +234,7 @@ def _unary(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 @rule(*_BINARY, first=True)
 def _binary(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     """f(view(y), view(z)) = view(f(y, z)), and the same for what is broadcast to y"""
-    if kwargs or len(args) != 2:
+    if kwargs or len(args) != 2 or not isinstance(args[0], fx.Node):
         return None
     made, origin = value(node), node.meta.get("stack_trace")
     if not isinstance(args[1], fx.Node):
