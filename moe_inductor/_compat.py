@@ -3,6 +3,7 @@ name gets a branch here and nowhere else.  Kept by tests/test_layout.py."""
 
 from __future__ import annotations
 
+import sympy
 import torch
 
 
@@ -91,6 +92,7 @@ from torch._inductor.pattern_matcher import (
 # --- backend.py and debug/: Inductor as torch.compile calls it, logs and caches -----------------------
 import contextlib
 import copy
+import functools
 import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -315,6 +317,38 @@ def decompose(op: OpOverload, function: Callable[..., Any], device: str) -> None
     decomposition.decompositions[op] = decomposed
     # A copy of the table is kept from the first compile on, which may have been before this.
     decomposition.fast_random_decomps.cache_clear()
+
+
+# --- region/: symbolic sizes ----------------------------------------------------------------------------------------
+
+
+def size_expr(size: torch.SymInt) -> sympy.Expr:
+    """The expression of ``size``.  Products that the frame's guards say are equal are written in one way.
+
+    Two inputs may have a symbol each for the number of tokens, and the model a view that needs them to be equal:
+    Dynamo then guards on it and keeps both.  Asks nothing, so adds no guard.
+    """
+    expr = size.node.expr
+    if expr.is_number or expr.is_symbol:  # of equal symbols, ShapeEnv itself leaves one
+        return expr
+    env = size.node.shape_env
+    for one, other in _equal_sizes(env, len(env.guards)):
+        expr = expr.subs(one, other)
+    return expr
+
+
+@functools.lru_cache(maxsize=8)
+def _equal_sizes(env: ShapeEnv, guards: int) -> list[tuple[sympy.Expr, sympy.Expr]]:
+    """What the first so many guards of ``env`` say is equal: the longer expression before the shorter."""
+    found = []
+    facts: list[Any] = [guard.expr for guard in env.guards[:guards]]
+    for fact in facts:
+        if isinstance(fact, sympy.Equality):
+            (times, a), (others, b) = fact.lhs.as_coeff_Mul(), fact.rhs.as_coeff_Mul()
+            if times == others and a.free_symbols and b.free_symbols:
+                a, b = sorted((a, b), key=lambda e: (e.count_ops(), str(e)))
+                found.append((b, a))
+    return found
 
 
 # --- ops/: oneDNN's linear, which Inductor itself lowers to --------------------------------------------------------
