@@ -341,10 +341,10 @@ def size_expr(size: torch.SymInt) -> sympy.Expr:
 def _equal_sizes(env: ShapeEnv, guards: int) -> list[tuple[sympy.Expr, sympy.Expr]]:
     """What the first so many guards of ``env`` say is equal: the longer expression before the shorter."""
     found = []
-    facts: list[Any] = [guard.expr for guard in env.guards[:guards]]
-    for fact in facts:
+    for fact in (guard.expr for guard in env.guards[:guards]):
         if isinstance(fact, sympy.Equality):
-            (times, a), (others, b) = fact.lhs.as_coeff_Mul(), fact.rhs.as_coeff_Mul()
+            sides: Any = fact.args
+            (times, a), (others, b) = (side.as_coeff_Mul() for side in sides)
             if times == others and a.free_symbols and b.free_symbols:
                 a, b = sorted((a, b), key=lambda e: (e.count_ops(), str(e)))
                 found.append((b, a))
