@@ -95,6 +95,7 @@ import copy
 import functools
 import inspect
 import types
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,53 @@ def isolated_dynamo() -> Iterator[None]:
                 reset_code(code)
         shapes.clear()
         shapes.update(learnt)
+
+
+def number_slices_once(wanted: Callable[[], bool]) -> None:
+    """While ``wanted()``, slices with equal bounds of equal sizes have one size, not a new unknown each.
+
+    For torch 2.11, where ``out[start:end] = f(x[start:end])`` with bounds that depend on the data asks whether the two
+    sizes agree, and fails for want of an answer.  (From 2.13 on, it goes on and leaves the question to run time.)
+    """
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13):
+        return
+    from torch._subclasses.fake_impls import op_implementations_dict
+
+    target = torch.ops.aten.slice.Tensor
+    original = op_implementations_dict[target]
+    known: weakref.WeakKeyDictionary[ShapeEnv, dict[Any, torch.SymInt]] = (
+        weakref.WeakKeyDictionary()
+    )
+
+    @functools.wraps(original)
+    def slice_once(
+        mode: FakeTensorMode,
+        func: OpOverload,
+        tensor: FakeTensor,
+        dim: int = 0,
+        start: Any = None,
+        end: Any = None,
+        step: Any = 1,
+    ) -> Any:
+        bounds = (start, end)
+        if mode.shape_env is None or not wanted() or not free_unbacked_symbols(bounds):
+            return original(mode, func, tensor, dim, start, end, step)
+        sizes: list[Any] = list(tensor.shape)
+        strides = list(tensor.stride())
+        parts = (sizes[dim], *bounds, step)
+        key = tuple(p.node.expr if isinstance(p, torch.SymInt) else p for p in parts)
+        sizes_of = known.setdefault(mode.shape_env, {})
+        if key not in sizes_of:
+            result = original(mode, func, tensor, dim, start, end, step)
+            if isinstance(result.shape[dim], torch.SymInt):
+                sizes_of[key] = result.shape[dim]
+            return result
+        sizes[dim], strides[dim] = sizes_of[key], strides[dim] * step
+        offset = mode.shape_env.create_unbacked_symint()
+        torch._check(offset >= 0)
+        return tensor.as_strided(sizes, strides, offset)
+
+    op_implementations_dict[target] = slice_once
 
 
 class Optional(PatternExpr):
