@@ -99,6 +99,77 @@ class Expanded(Dense):
         return (y.transpose(0, 1) * scores.unsqueeze(-1)).sum(dim=1)
 
 
+class Einsums(Dense):
+    """One letter per dimension; the tokens come first all along."""
+
+    first, second, combined = "th,eoh->teo", "teo,eho->teh", "te,teh->th"
+
+    def linear(self, rows, weight, bias):
+        equation = self.first if rows.dim() == 2 else self.second
+        if self.transposed:
+            letters, made = equation.split("->")
+            a, b = letters.split(",")
+            equation = f"{a},{b[0]}{b[2]}{b[1]}->{made}"
+        made = torch.einsum(equation, rows, weight)
+        return made if bias is None else made + bias
+
+    def rows(self, x):
+        return x
+
+    def combine(self, y, scores):
+        return torch.einsum(self.combined, scores, y)
+
+
+class ExpertsFirst(Einsums):
+    first, second, combined = "th,eoh->eto", "eto,eho->eth", "te,eth->th"
+
+
+class ExpertsLast(Einsums):
+    """Neither order that a batched product has."""
+
+    first, second, combined = "th,eoh->toe", "toe,eho->hte", "te,hte->th"
+
+    def act(self, gate_up):
+        gate, up = gate_up.chunk(2, dim=1)
+        return F.silu(gate) * up
+
+
+class Sequences(Einsums):
+    """Hidden states [B, S, H], also in the router."""
+
+    first, second, combined = "bsh,eoh->bseo", "bseo,eho->bseh", "bse,bseh->bsh"
+
+    def linear(self, rows, weight, bias):
+        return torch.einsum(self.first if rows.dim() == 3 else self.second, rows, weight)
+
+    def scores(self, topk_ids, topk_weights):
+        zeros = topk_weights.new_zeros(*topk_weights.shape[:-1], NUM_EXPERTS)
+        return zeros.scatter(-1, topk_ids, topk_weights)
+
+    def forward(self, x):
+        states = x[: x.shape[0] // 5 * 5].view(5, -1, HIDDEN)
+        topk_weights, topk_ids = self.route(self.gate(states))
+        return self.experts(states, topk_ids, topk_weights).flatten(0, 1)
+
+
+class Thrice(Einsums):
+    """Hidden states, weights and scores in one einsum."""
+
+    def experts(self, x, topk_ids, topk_weights):
+        hidden = self.act(torch.einsum("th,eoh->teo", x, self.gate_up_proj))
+        scores = self.scores(topk_ids, topk_weights)
+        return torch.einsum("teo,eho,te->th", hidden, self.down_proj, scores)
+
+
+class HiddenScored(Einsums):
+    """The scores on the hidden states, and one sum over experts and hidden states."""
+
+    def experts(self, x, topk_ids, topk_weights):
+        hidden = self.act(torch.einsum("th,eoh->teo", x, self.gate_up_proj))
+        hidden = hidden * self.scores(topk_ids, topk_weights).unsqueeze(-1)
+        return torch.einsum("teo,eho->th", hidden, self.down_proj)
+
+
 # -- near misses ------------------------------------------------------------------------------------------------------
 
 
@@ -289,6 +360,111 @@ class HiddenEscapes(Dense):
         return super().forward(x), self.hidden.float().square().mean()
 
 
+class EinsumOfDiagonal(Einsums):
+    """Tokens and experts have the same letter where a token's own expert is not meant."""
+
+    def combine(self, y, scores):
+        return torch.einsum("te,teh->eh", scores, y)[:1].expand(y.shape[0], HIDDEN)
+
+
+class EinsumOverTokens(Einsums):
+    """Scores of all tokens for the results of each."""
+
+    def combine(self, y, scores):
+        return torch.einsum("se,teh->th", scores, y)
+
+
+class EinsumUnweighted(Einsums):
+    def combine(self, y, scores):
+        return torch.einsum("teh->th", y)
+
+
+class EinsumOverExpertsFirst(Einsums):
+    """The hidden states of all experts added up, for each of them."""
+
+    second = "tfo,eho->teh"
+
+
+class EinsumOtherWeight(Einsums):
+    """A weight whose experts and columns have changed places."""
+
+    def experts(self, x, topk_ids, topk_weights):
+        hidden = self.act(torch.einsum("th,eoh->teo", x, self.gate_up_proj))
+        turned = self.down_proj.reshape(HIDDEN, NUM_EXPERTS, -1)
+        y = torch.einsum("teo,heo->teh", hidden, turned)
+        return self.combine(y, self.scores(topk_ids, topk_weights))
+
+
+class EinsumOneMatrix(Einsums):
+    """The last projection of the first expert for all."""
+
+    def experts(self, x, topk_ids, topk_weights):
+        hidden = self.act(torch.einsum("th,eoh->teo", x, self.gate_up_proj))
+        y = torch.einsum("teo,ho->teh", hidden, self.down_proj[0])
+        return self.combine(y, self.scores(topk_ids, topk_weights))
+
+
+class HiddenScoredBiased(HiddenScored):
+    """Biases after the scores are those of all experts."""
+
+    biased = True
+
+    def experts(self, x, topk_ids, topk_weights):
+        hidden = self.act(torch.einsum("th,eoh->teo", x, self.gate_up_proj))
+        hidden = hidden * self.scores(topk_ids, topk_weights).unsqueeze(-1)
+        return (torch.einsum("teo,eho->teh", hidden, self.down_proj) + self.down_bias).sum(1)
+
+
+class GateScored(Einsums):
+    """Scores before the activation."""
+
+    def experts(self, x, topk_ids, topk_weights):
+        first = torch.einsum("th,eoh->teo", x, self.gate_up_proj)
+        first = first * self.scores(topk_ids, topk_weights).unsqueeze(-1)
+        return torch.einsum("teo,eho->th", self.act(first), self.down_proj)
+
+
+class GShard(Einsums):
+    """Tokens sent to slots of the experts by masks; the slots are counted."""
+
+    def slots(self, x, topk_ids):
+        chosen = F.one_hot(topk_ids, NUM_EXPERTS)
+        in_order = chosen.transpose(0, 1).reshape(-1, NUM_EXPERTS)
+        slots = ((in_order.cumsum(0) - 1) * in_order).sum(-1).view(self.k, -1).t()
+        return chosen.to(x.dtype), F.one_hot(slots, self.k * x.shape[0]).to(x.dtype)
+
+    def masks(self, x, topk_ids, topk_weights):
+        chosen, slots = self.slots(x, topk_ids)
+        combine = torch.einsum("tk,tke,tkc->tec", topk_weights, chosen, slots)
+        return torch.einsum("tke,tkc->tec", chosen, slots), combine
+
+    def experts(self, x, topk_ids, topk_weights):
+        dispatch, combine = self.masks(x, topk_ids, topk_weights)
+        rows = torch.einsum("tec,th->ech", dispatch, x)
+        hidden = self.act(torch.einsum("ech,eoh->eco", rows, self.gate_up_proj))
+        y = torch.einsum("eco,eho->ech", hidden, self.down_proj)
+        return torch.einsum("tec,ech->th", combine, y)
+
+
+class GShardCapacity(GShard):
+    """The masks from the scores of all experts, and what is beyond a capacity dropped."""
+
+    def masks(self, x, topk_ids, topk_weights):
+        scores = self.scores(topk_ids, topk_weights)
+        chosen = scores > 0
+        slots = (chosen.cumsum(0) - 1) * chosen
+        kept = F.one_hot(slots, x.shape[0]) * (chosen & (slots < 3)).unsqueeze(-1)
+        return kept.to(x.dtype), scores.unsqueeze(-1) * kept
+
+
+class GShardOneSlot(GShard):
+    """Tokens that have the same slot are added up."""
+
+    def slots(self, x, topk_ids):
+        chosen, slots = super().slots(x, topk_ids)
+        return chosen, slots.flip(-1).cumsum(-1)
+
+
 class Half(Dense):
     """Only the first experts are in the sum."""
 
@@ -307,6 +483,17 @@ DENSE_EXPERTS = ExpertsSpelling(
         Sample(name="repeated", build=Dense),
         Sample(name="llama4", build=Llama4),
         Sample(name="expanded", build=Expanded, brief=True),
+        Sample(name="einsum", build=Einsums),
+        Sample(name="einsum_experts_first", build=ExpertsFirst, brief=True),
+        Sample(name="einsum_experts_last", build=ExpertsLast, brief=True),
+        Sample(name="einsum_sequences", build=Sequences),
+        Sample(name="einsum_of_three", build=Thrice, brief=True),
+        Sample(name="einsum_hidden_scored", build=HiddenScored, brief=True),
+        *(
+            Sample(name=f"einsum_{name}", build=block, brief=True)
+            for name, block in _blocks.variants(Einsums)
+            if name in ("gpt_oss", "softcapped", "plain_gelu_biased")
+        ),
         *(
             Sample(name=name, build=block, brief=True)
             for name, block in _blocks.variants(Dense)
@@ -345,5 +532,16 @@ DENSE_EXPERTS = ExpertsSpelling(
         NearMiss(name="scores_detached", build=ScoresDetached, code="SPELLING"),
         NearMiss(name="hidden_escapes", build=HiddenEscapes, code="ESCAPES"),
         NearMiss(name="half_of_the_experts", build=Half, code="SPELLING"),
+        NearMiss(name="einsum_of_tokens", build=EinsumOfDiagonal, code="SPELLING"),
+        NearMiss(name="einsum_over_tokens", build=EinsumOverTokens, code="SPELLING"),
+        NearMiss(name="einsum_unweighted", build=EinsumUnweighted, code="SPELLING"),
+        NearMiss(name="einsum_over_experts_first", build=EinsumOverExpertsFirst, code="ACTIVATION"),
+        NearMiss(name="einsum_weight_turned", build=EinsumOtherWeight, code="SPELLING"),
+        NearMiss(name="einsum_one_matrix", build=EinsumOneMatrix, code="SPELLING"),
+        NearMiss(name="einsum_biases_of_all", build=HiddenScoredBiased, code="SPELLING"),
+        NearMiss(name="einsum_gate_scored", build=GateScored, code="SPELLING"),
+        NearMiss(name="gshard", build=GShard, code="SPELLING"),
+        NearMiss(name="gshard_with_capacity", build=GShardCapacity, code="SPELLING"),
+        NearMiss(name="gshard_slots_shared", build=GShardOneSlot, code="SPELLING"),
     ),
 )

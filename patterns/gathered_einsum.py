@@ -66,6 +66,14 @@ class TopOne(Einsum):
     k = 1
 
 
+class Stacked(Einsum):
+    """Gate and up in one weight."""
+
+    def experts(self, x, topk_ids, topk_weights):
+        first = torch.einsum("ti,taoi->tao", x, self.gate_up_proj[topk_ids])
+        return self.combine(self.down(self.act(first), self.down_proj[topk_ids]), topk_weights)
+
+
 # -- near misses ------------------------------------------------------------------------------------------------------
 
 
@@ -139,6 +147,60 @@ class HiddenEscapes(Einsum):
         return super().forward(x), self.kept.square().mean()
 
 
+class SlotsAddedFirst(Einsum):
+    """The hidden states of a token's experts added up, for each of them."""
+
+    def down(self, hidden, w2):
+        return torch.einsum("tbo,taio->tai", hidden, w2)
+
+
+class WeightsAddedFirst(Einsum):
+    """Every expert with the last projections of all of the token's experts."""
+
+    def down(self, hidden, w2):
+        return torch.einsum("tao,tbio->tai", hidden, w2)
+
+
+class TokensAdded(Einsum):
+    """The hidden states of all tokens added up."""
+
+    def down(self, hidden, w2):
+        return torch.einsum("sao,taio->tai", hidden, w2)
+
+
+class GateFromFirstSlot(Einsum):
+    """The gate of a token's first expert for all of its experts."""
+
+    def hidden(self, x, w1, w3):
+        return super().hidden(x, w1[:, :1].expand_as(w1), w3)
+
+
+class WeightOfFirstSlot(Einsum):
+    def combine(self, y, topk_weights):
+        return torch.einsum("tai,t->ti", y, topk_weights[:, 0])
+
+
+class WeightsOfTokens(Einsum):
+    """Weights of all tokens for the results of each."""
+
+    def combine(self, y, topk_weights):
+        return torch.einsum("tai,sa->ti", y, topk_weights)
+
+
+class SlotsMultiplied(Einsum):
+    def combine(self, y, topk_weights):
+        return (y * topk_weights.unsqueeze(-1)).prod(dim=1)
+
+
+class Residual(Einsum):
+    """What an expert reads added to what it gives, under the routing weight."""
+
+    def experts(self, x, topk_ids, topk_weights):
+        hidden = self.hidden(x, self.w1[topk_ids], self.w3[topk_ids])
+        y = self.down(hidden, self.w2[topk_ids]) + x.unsqueeze(1)
+        return self.combine(y, topk_weights)
+
+
 GATHERED_EINSUM = ExpertsSpelling(
     name="gathered_einsum",
     source="gpt-fast, mixtral-moe/model.py; torchao",
@@ -148,6 +210,7 @@ GATHERED_EINSUM = ExpertsSpelling(
         Sample(name="einsum", build=Einsum),
         Sample(name="einsum_biased", build=Biased, brief=True),
         Sample(name="einsum_top_one", build=TopOne, brief=True),
+        Sample(name="einsum_stacked", build=Stacked, brief=True),
     ),
     near_misses=(
         NearMiss(name="other_ids_for_down", build=OtherIdsForDown, code="INPUTS_DIFFER"),
@@ -162,5 +225,17 @@ GATHERED_EINSUM = ExpertsSpelling(
         NearMiss(name="mish", build=Mish, code="ACTIVATION"),
         NearMiss(name="bias_twice", build=BiasOfOthers, code="SPELLING"),
         NearMiss(name="hidden_escapes", build=HiddenEscapes, code="ESCAPES"),
+        NearMiss(name="slots_added_first", build=SlotsAddedFirst, code="SPELLING"),
+        NearMiss(name="weights_added_first", build=WeightsAddedFirst, code="SPELLING"),
+        NearMiss(name="tokens_added", build=TokensAdded, code="SPELLING"),
+        NearMiss(name="gate_from_first_slot", build=GateFromFirstSlot, code="SPELLING"),
+        NearMiss(name="weight_of_first_slot", build=WeightOfFirstSlot, code="SPELLING"),
+        NearMiss(name="weights_of_tokens", build=WeightsOfTokens, code="SPELLING"),
+        NearMiss(name="slots_multiplied", build=SlotsMultiplied, code="SPELLING"),
+        NearMiss(name="residual_in_expert", build=Residual, code="SPELLING"),
+        *(
+            NearMiss(name=f"einsum_{name}", build=block, code=code)
+            for name, block, code in _blocks.near_variants(Stacked)
+        ),
     ),
 )

@@ -82,10 +82,12 @@ def group_iterations(
     traced = _expert_ids(chain)
     last = location(chain[-1].output)
     visited = folded.ids if folded is not None else traced
+    experts = [(e, it, it.mlp) for e, it in zip(traced, chain, strict=True) if it.mlp is not None]
     if len(set(visited)) < len(visited):
+        for e, it, mlp in experts:  # that it is another one, with this one's scores, says more
+            _weight({e: it}, [mlp.second], folded)
         twice = next(e for e in visited if visited.count(e) > 1)
         raise Refusal(Code.EXPERT_TWICE, f"expert {twice} is visited twice", last)
-    experts = [(e, it, it.mlp) for e, it in zip(traced, chain, strict=True) if it.mlp is not None]
     unit = experts[0][2].unit
     for _, it, mlp in experts:
         if not mlp.unit.same_function(unit):

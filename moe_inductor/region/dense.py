@@ -59,6 +59,7 @@ def _from(graph: fx.Graph, root: fx.Node) -> Dense | None:
             behind = _behind(node, routed)
             if behind.reaches or any(product in stacked for product in behind.products):
                 stacked.append(node)
+                experts |= _before(node, routed, classes)
             continue
         if not any(a in routed for a in node.all_input_nodes):
             continue
@@ -138,6 +139,19 @@ def _behind(node: fx.Node, routed: set[fx.Node]) -> _Behind:
             nodes.add(found)
             todo += found.all_input_nodes
     return _Behind(nodes, list(products), reaches)
+
+
+def _before(node: fx.Node, routed: set[fx.Node], classes: int) -> set[fx.Node]:
+    """What experts compute before a product that reads the choice as well: the scores are in the same einsum, or on
+    the hidden states."""
+    found: set[fx.Node] = set()
+    for made in node.all_input_nodes:
+        if made in routed or not made.op.startswith("call") or name_of(made) in _GEMMS:
+            continue
+        first = _behind(made, routed)
+        if first.products and all(_stacks(p, classes) for p in first.products):
+            found |= {made, *first.nodes, *first.products}
+    return found
 
 
 def _experts(made: fx.Node, routed: set[fx.Node], classes: int) -> tuple[set[fx.Node], bool] | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import fx
@@ -157,6 +158,11 @@ def router_only(graph: fx.Graph) -> fx.Node | None:
 def dense_only(graph: fx.Graph) -> fx.Node | None:
     """Experts that are all computed for every token: ``bmm(x [E, T, H], weight [E, H, I])`` in a graph where a top-k
     chooses among E scores.  Returns the node to name the line of."""
+    return next(stacked_products(graph), None)
+
+
+def stacked_products(graph: fx.Graph) -> Iterator[fx.Node]:
+    """Products with the matrices ``[E, ..]`` of all experts, in a graph where something is chosen of E."""
     scores = {
         str(value(node.all_input_nodes[0]).shape[-1])
         for node in graph.nodes
@@ -166,12 +172,11 @@ def dense_only(graph: fx.Graph) -> fx.Node | None:
         if name_of(node) in _BATCHED_GEMMS and any(
             is_tensor(a)
             and value(a).dim() == 3
-            and _viewed(a).op in ("placeholder", "get_attr")
+            and viewed(a).op in ("placeholder", "get_attr")
             and str(value(a).shape[0]) in scores
             for a in node.all_input_nodes[1:]
         ):
-            return node
-    return None
+            yield node
 
 
 def _scores(node: fx.Node) -> bool:
@@ -391,12 +396,12 @@ def chosen_count(root: fx.Node) -> str:
 
 def _is_source(node: fx.Node) -> bool:
     """A graph input, a constant, a fresh tensor, or a view of one."""
-    return _is_fresh(node) or _viewed(node).op in ("placeholder", "get_attr")
+    return _is_fresh(node) or viewed(node).op in ("placeholder", "get_attr")
 
 
 def _is_fresh(node: fx.Node) -> bool:
     """A tensor that is made in the graph, or a view of one."""
-    return name_of(_viewed(node)) in _CONSTRUCTORS
+    return name_of(viewed(node)) in _CONSTRUCTORS
 
 
 def _runs_a_graph(node: fx.Node) -> bool:
@@ -417,7 +422,8 @@ def _attribute(node: fx.Node) -> Any:
     return found
 
 
-def _viewed(node: fx.Node) -> fx.Node:
+def viewed(node: fx.Node) -> fx.Node:
+    """What ``node`` is a view of."""
     while node.op.startswith("call") and name_of(node) in _VIEWS and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node

@@ -355,10 +355,13 @@ def _cat(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 
 @rule(aten.expand.default)
 def _expand(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-    """expand(x, shape of x) = x; sizes are spelled out, never -1"""
-    made = value(node)
+    """expand(x, shape of x) = x;  expand(x, [1, ..]) = view(x, [1, ..]); sizes are spelled out, never -1"""
+    made, shape = value(node), value(args[0]).shape
     if out.same_shape(value(args[0]), made):
         return args[0]
+    new = made.dim() - len(shape)
+    if all(map(is_one, made.shape[:new])) and out.same_sizes(made.shape[new:], shape):
+        return out.view(args[0], made, node.meta.get("stack_trace"))
     return out.emit(
         aten.expand.default, (args[0], out.sizes(made)), {}, made, node.meta.get("stack_trace")
     )
@@ -713,6 +716,7 @@ def _key(item: Any) -> Any:
 
 
 # They register their rules, with what stands above.
+from moe_inductor.region import einsums as _einsums  # noqa: E402, F401
 from moe_inductor.region import one_batch as _one_batch  # noqa: E402
 from moe_inductor.region import rows as _rows  # noqa: E402, F401
 from moe_inductor.region import sparse as _sparse  # noqa: E402, F401

@@ -54,7 +54,7 @@ def _repeated(out: Emitter, source: Any, made: torch.Tensor, origin: str | None)
 def _expanded(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     """expand(view(x [T, H], [1, T, H]), [E, T, H]) = repeat(view(x), [E, 1, 1]) = expand(x, [E, T, H])"""
     made, base = value(node), args[0]
-    if base.target is not aten.view.default or made.dim() != 3:
+    if base.target is not aten.view.default or made.dim() != 3 or is_one(made.shape[0]):
         return None
     inner = node_arg(base, 0)
     if value(inner).dim() != 2 or not same_sizes(value(inner).shape, made.shape[1:]):

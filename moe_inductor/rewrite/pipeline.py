@@ -36,6 +36,7 @@ from moe_inductor.region.find import (
     router_only,
 )
 from moe_inductor.region.nodes import location, value
+from moe_inductor.region.slots import sent_to_slots
 from moe_inductor.rewrite.replace import Rewriter
 from moe_inductor.rewrite.support import check_support
 
@@ -69,9 +70,12 @@ def fuse_moe_blocks(
         with _timed(report, "region"):
             regions = find_regions(module.graph)
         if not regions and not looks_like_moe(module.graph):
+            slots = sent_to_slots(module.graph)
             router = router_only(module.graph)
             dense = dense_only(module.graph) if router is None else None
-            if router is not None:
+            if slots is not None:
+                report.blocks.append(_slots(slots))
+            elif router is not None:
                 report.blocks.append(_router_only(router, uncaptured))
             elif dense is not None:
                 report.blocks.append(_dense(dense))
@@ -229,6 +233,15 @@ def _router_only(node: fx.Node, uncaptured: Reason | None) -> BlockReport:
         )
     else:
         reason = uncaptured  # the loop had been captured, and that is what was wrong with it
+    return BlockReport(spelling="", fused=False, reason=reason, location=reason.location)
+
+
+def _slots(node: fx.Node) -> BlockReport:
+    words = (
+        "tokens are sent to slots of the experts by products with masks (GShard): "
+        "that no two of them have the same slot is not proved"
+    )
+    reason = Reason(Code.SPELLING, words, location(node))
     return BlockReport(spelling="", fused=False, reason=reason, location=reason.location)
 
 

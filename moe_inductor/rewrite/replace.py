@@ -18,6 +18,7 @@ from torch import fx
 from moe_inductor import _compat
 from moe_inductor.description import Experts, Router
 from moe_inductor.match.bind import Bound, BoundRouter, Weight
+from moe_inductor.match.pieces import unviewed
 from moe_inductor.ops import cpu
 from moe_inductor.ops.check import Routing
 from moe_inductor.reasons import Code, Refusal
@@ -293,7 +294,10 @@ class Rewriter:
     def fuse_router(self, bound: Bound, router: BoundRouter) -> fx.Node:
         """Replace topk_weights and topk_ids by one call of ``topk_routing``.  Raises Refusal(ROUTER, MUTATION)."""
         assert bound.topk_weights is not None  # such a router is not proposed
-        held = {0: self.holders(bound.topk_weights), 1: self.holders(bound.topk_ids)}
+        held = {
+            i: self.holders(node) or self.holders(unviewed(node))  # [B, S, k] is as good
+            for i, node in enumerate((bound.topk_weights, bound.topk_ids))
+        }
         start = min(self.order[h] for hs in held.values() for h in hs)
         operands = [self._readable(n, start - 1) for n in router.inputs()]
         rules = {
@@ -315,7 +319,7 @@ class Rewriter:
             parts = [self.graph.call_function(operator.getitem, (call, i)) for i in range(2)]
             for i, part in enumerate(parts):
                 self._finish(part, held[i][0] if held[i] else call)
-            outputs = [self._shaped(part, held[i]) for i, part in enumerate(parts)]
+            outputs = [self._shaped(part, held[i], operands[0]) for i, part in enumerate(parts)]
         for i, new in enumerate(outputs):
             self._redirect(held[i], new, rules[i])
         erase_unneeded(self.canonical.region, keep)
@@ -354,13 +358,22 @@ class Rewriter:
                 )
             todo += reader.users
 
-    def _shaped(self, node: fx.Node, holders: list[fx.Node]) -> fx.Node:
-        """``node`` [T, k] as the model holds it: top-1 may have one dimension only."""
+    def _shaped(self, node: fx.Node, holders: list[fx.Node], logits: fx.Node) -> fx.Node:
+        """``node`` [T, k] as the model holds it: the tokens may have two dimensions, and top-1 may have none for k."""
         if not holders or value(holders[0]).dim() == 2:
             return node
-        if value(holders[0]).dim() != 1:
-            raise Refusal(Code.ROUTER, "the tokens have two dimensions", location(holders[0]))
-        new = self.graph.call_method("reshape", (node, (-1,)))
+        *tokens, last = value(holders[0]).shape
+        shape: tuple[Any, ...] = (-1,)
+        if tokens:
+            if len(tokens) != 2 or not same_sizes(value(logits).shape[:-1], tokens):
+                words = "the tokens have other dimensions than in the logits"
+                raise Refusal(Code.ROUTER, words, location(holders[0]))
+            length = tokens[1]
+            if not isinstance(length, int):
+                length = self.graph.call_method("size", (logits, 1))
+                self._finish(length, logits)
+            shape = (-1, length, last)
+        new = self.graph.call_method("reshape", (node, shape))
         self._finish(new, holders[0])
         return new
 

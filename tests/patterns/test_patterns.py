@@ -158,7 +158,6 @@ FAMILIES = {
     "hit_list": "hit list",
     "chosen_test": "hit list",
     "hf_grouped_mm_fallback": "hf_grouped_mm",
-    "gathered_einsum": "hf_batched_mm",
     "kept_tokens": "expert_loop",
 }
 

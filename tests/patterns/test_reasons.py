@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from moe_inductor.patterns import expert_loop
+from moe_inductor.patterns import dense_experts, expert_loop
 
 T = 11
 
@@ -31,3 +32,20 @@ def test_a_router_that_is_an_input_is_named(rewritten):
     assert block.fused
     assert not block.router_fused
     assert "()" not in block.router_reason.message
+
+
+@pytest.mark.parametrize(
+    "block", [dense_experts.GShard, dense_experts.GShardCapacity, dense_experts.GShardOneSlot]
+)
+def test_tokens_that_masks_send_to_slots_are_named(rewritten, block):
+    compiled = rewritten(block())
+    compiled(torch.randn(T, 32))
+    (found,) = compiled.blocks
+    assert "tokens are sent to slots of the experts by products with masks" in found.reason.message
+    assert found.reason.location.startswith("dense_experts.py:")
+
+
+def test_a_dense_block_has_no_slots(rewritten):
+    compiled = rewritten(dense_experts.EinsumUnweighted())
+    compiled(torch.randn(T, 32))
+    assert all("slots" not in found.reason.message for found in compiled.blocks)
