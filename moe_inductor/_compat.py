@@ -3,6 +3,7 @@ name gets a branch here and nowhere else.  Kept by tests/test_layout.py."""
 
 from __future__ import annotations
 
+import sympy
 import torch
 
 
@@ -91,8 +92,10 @@ from torch._inductor.pattern_matcher import (
 # --- backend.py and debug/: Inductor as torch.compile calls it, logs and caches -----------------------
 import contextlib
 import copy
+import functools
 import inspect
 import types
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -224,6 +227,53 @@ def isolated_dynamo() -> Iterator[None]:
         shapes.update(learnt)
 
 
+def number_slices_once(wanted: Callable[[], bool]) -> None:
+    """While ``wanted()``, slices with equal bounds of equal sizes have one size, not a new unknown each.
+
+    For torch 2.11, where ``out[start:end] = f(x[start:end])`` with bounds that depend on the data asks whether the two
+    sizes agree, and fails for want of an answer.  (From 2.13 on, it goes on and leaves the question to run time.)
+    """
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13):
+        return
+    from torch._subclasses.fake_impls import op_implementations_dict
+
+    target = torch.ops.aten.slice.Tensor
+    original = op_implementations_dict[target]
+    known: weakref.WeakKeyDictionary[ShapeEnv, dict[Any, torch.SymInt]] = (
+        weakref.WeakKeyDictionary()
+    )
+
+    @functools.wraps(original)
+    def slice_once(
+        mode: FakeTensorMode,
+        func: OpOverload,
+        tensor: FakeTensor,
+        dim: int = 0,
+        start: Any = None,
+        end: Any = None,
+        step: Any = 1,
+    ) -> Any:
+        bounds = (start, end)
+        if mode.shape_env is None or not wanted() or not free_unbacked_symbols(bounds):
+            return original(mode, func, tensor, dim, start, end, step)
+        sizes: list[Any] = list(tensor.shape)
+        strides = list(tensor.stride())
+        parts = (sizes[dim], *bounds, step)
+        key = tuple(p.node.expr if isinstance(p, torch.SymInt) else p for p in parts)
+        sizes_of = known.setdefault(mode.shape_env, {})
+        if key not in sizes_of:
+            result = original(mode, func, tensor, dim, start, end, step)
+            if isinstance(result.shape[dim], torch.SymInt):
+                sizes_of[key] = result.shape[dim]
+            return result
+        sizes[dim], strides[dim] = sizes_of[key], strides[dim] * step
+        offset = mode.shape_env.create_unbacked_symint()
+        torch._check(offset >= 0)
+        return tensor.as_strided(sizes, strides, offset)
+
+    op_implementations_dict[target] = slice_once
+
+
 class Optional(PatternExpr):
     """``outer(inner)`` or ``inner`` alone: a view of a pattern's argument is absent where the shapes agree already."""
 
@@ -315,6 +365,38 @@ def decompose(op: OpOverload, function: Callable[..., Any], device: str) -> None
     decomposition.decompositions[op] = decomposed
     # A copy of the table is kept from the first compile on, which may have been before this.
     decomposition.fast_random_decomps.cache_clear()
+
+
+# --- region/: symbolic sizes ----------------------------------------------------------------------------------------
+
+
+def size_expr(size: torch.SymInt) -> sympy.Expr:
+    """The expression of ``size``.  Products that the frame's guards say are equal are written in one way.
+
+    Two inputs may have a symbol each for the number of tokens, and the model a view that needs them to be equal:
+    Dynamo then guards on it and keeps both.  Asks nothing, so adds no guard.
+    """
+    expr = size.node.expr
+    if expr.is_number or expr.is_symbol:  # of equal symbols, ShapeEnv itself leaves one
+        return expr
+    env = size.node.shape_env
+    for one, other in _equal_sizes(env, len(env.guards)):
+        expr = expr.subs(one, other)
+    return expr
+
+
+@functools.lru_cache(maxsize=8)
+def _equal_sizes(env: ShapeEnv, guards: int) -> list[tuple[sympy.Expr, sympy.Expr]]:
+    """What the first so many guards of ``env`` say is equal: the longer expression before the shorter."""
+    found = []
+    for fact in (guard.expr for guard in env.guards[:guards]):
+        if isinstance(fact, sympy.Equality):
+            sides: Any = fact.args
+            (times, a), (others, b) = (side.as_coeff_Mul() for side in sides)
+            if times == others and a.free_symbols and b.free_symbols:
+                a, b = sorted((a, b), key=lambda e: (e.count_ops(), str(e)))
+                found.append((b, a))
+    return found
 
 
 # --- ops/: oneDNN's linear, which Inductor itself lowers to --------------------------------------------------------

@@ -17,9 +17,6 @@ from torch.nn import functional as F
 
 from moe_inductor.match.api import ExpertsSpelling, NearMiss, Sample, linear_of_pairs
 
-# torch 2.11 cannot trace ``out[start:end] = y`` whose bounds depend on the data, whatever the backend does.
-CAN_WRITE_SLICES = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)
-
 
 def reference(x, topk_ids, topk_weights, experts, *, weight_on, product_in, sum_in):
     T, k = topk_ids.shape
@@ -670,7 +667,7 @@ SORTED_EXPERTS = ExpertsSpelling(
         Sample(name="slices", build=Slices),
         Sample(name="moe_infer", build=Infer, brief=True),
         Sample(name="listed", build=Listed, brief=True),
-        *([Sample(name="written", build=Written)] if CAN_WRITE_SLICES else []),
+        Sample(name="written", build=Written),
         Sample(name="scattered", build=Scattered, brief=True),
         Sample(name="shared_first", build=SharedFirst),
         Sample(name="adds_to_x", build=AddsToX, brief=True),
@@ -682,7 +679,7 @@ SORTED_EXPERTS = ExpertsSpelling(
     ),
     near_misses=(
         *(NearMiss(name=n, build=b, code=c) for n, b, c in _blocks.near_variants(Split)),
-        *(_OF_WRITTEN if CAN_WRITE_SLICES else ()),
+        *_OF_WRITTEN,
         NearMiss(name="not_put_back", build=NotPutBack, code="SPELLING"),
         NearMiss(name="order_for_inverse", build=OrderForInverse, code="SPELLING"),
         NearMiss(name="descending", build=Descending, code="SPELLING"),

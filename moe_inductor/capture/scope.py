@@ -323,6 +323,7 @@ def _wrap_trace_frame() -> bool:
         return False
     _compat.SubgraphTracer.create_node = _noting_nodes(_compat.SubgraphTracer.create_node)
     _compat.dynamo_convert_frame.trace_frame = _wrapper(original)
+    _compat.number_slices_once(lambda: current() is not None)
     return True
 
 

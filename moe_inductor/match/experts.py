@@ -15,7 +15,13 @@ import sympy
 import torch
 from torch import fx
 
-from moe_inductor._compat import Match, OpOverload, PatternMatcherPass, register_graph_pattern
+from moe_inductor._compat import (
+    Match,
+    OpOverload,
+    PatternMatcherPass,
+    register_graph_pattern,
+    size_expr,
+)
 from moe_inductor.description import Combine, Experts, MoE
 from moe_inductor.match.activation import Gated, read_activation
 from moe_inductor.match.api import ExpertsSpelling, combinations
@@ -24,7 +30,7 @@ from moe_inductor.match.loop import MLP, Group, Iteration, group_iterations
 from moe_inductor.match.pieces import PROJECTIONS, Pieces, Shapes, experts_pieces, unviewed
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.canonical import Canonical, Folded
-from moe_inductor.region.nodes import location, name_of, value
+from moe_inductor.region.nodes import location, name_of, same_sizes, value
 from moe_inductor.region.rows import are_distinct, hits, kept_of
 from moe_inductor.unit import parse
 
@@ -251,16 +257,23 @@ class _Attempt:
         T, H = value(group.output).shape
         x, ids = value(group.x), value(iteration.bound["topk_ids"])
         weights = iteration.bound.get("topk_weights")
-        fits = (
+        meant = (
             x.dtype == self.shapes.x_dtype
             and moe.experts.weight_dtype == self.shapes.weight_dtype
             and (weights is None or value(weights).dtype == self.shapes.routing_dtype)
             and (moe.top_k == 1) == (self.shapes.top_k == 1)
-            and (str(x.numel()) == str(T * H) or str(x.numel() // H) == str(T))
-            and str(ids.numel()) == str(T * moe.top_k)
         )
-        if not fits:
+        if not meant:
             raise Refusal(Code.SPELLING, "", location(group.output))
+        fits = (
+            same_sizes([x.numel()], [T * H]) or same_sizes([x.numel() // H], [T])
+        ) and same_sizes([ids.numel()], [T * moe.top_k])
+        if not fits:
+            raise Refusal(
+                Code.SPELLING,
+                "hidden states, ids and result are not known to have the same number of tokens",
+                location(group.output),
+            )
 
 
 def _reads(given: Any, base: Any) -> bool:
@@ -389,7 +402,7 @@ def _top_k(topk_ids: fx.Node, tokens: Any) -> int:
 
 
 def _expr(size: Any) -> sympy.Expr:
-    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+    return size_expr(size) if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
 def ids_in_range(topk_ids: fx.Node, num_experts: int) -> bool:

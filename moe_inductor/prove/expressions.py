@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from moe_inductor.region.nodes import name_of, unbacked, value
+from moe_inductor._compat import size_expr
+from moe_inductor.region.nodes import name_of, unbacked, value, written
 
 
 class Numbering:
@@ -74,7 +75,7 @@ class Numbering:
             found = value(item)
             if isinstance(found, torch.SymInt) and unbacked(found) <= self._known:
                 # The number of tokens may depend on data itself: then it is the leaves' and has a name.
-                return self._constant(str(found.node.expr))
+                return self._constant(written(found))
             return ("node", self._of.get(item, id(item)))
         if isinstance(item, (tuple, list)):
             return tuple(self._constant(i) for i in item)
@@ -82,7 +83,10 @@ class Numbering:
             return tuple(sorted((k, self._constant(v)) for k, v in item.items()))
         if isinstance(item, torch.SymInt):
             # Of a shape, hence implied by the arguments, where a size that depends on data is a node.
-            return "data-dependent" if unbacked(item) else ("size", str(item.node.expr))
+            if unbacked(item):
+                return "data-dependent"
+            expr = size_expr(item)
+            return self._constant(int(expr)) if expr.is_Integer else ("size", str(expr))
         return (type(item).__name__, repr(item))
 
     def _meta(self, item: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moe_inductor._compat import OpOverload, OpOverloadPacket, free_unbacked_symbols
+from moe_inductor._compat import OpOverload, OpOverloadPacket, free_unbacked_symbols, size_expr
 
 # Dynamo keeps the fake value of a node under "example_value", ATen graphs keep it under "val".
 _VALUE_KEYS = ("example_value", "val")
@@ -73,7 +73,11 @@ def unbacked(item: Any) -> frozenset:
 
 def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Compared by how they are written: to ask a symbolic size for its value would add a guard."""
-    return [str(size) for size in a] == [str(size) for size in b]
+    return [written(size) for size in a] == [written(size) for size in b]
+
+
+def written(size: Any) -> str:
+    return str(size_expr(size)) if isinstance(size, torch.SymInt) else str(size)
 
 
 def has_unbacked(node: fx.Node) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moe_inductor._compat import FakeTensor, OpOverload
+from moe_inductor._compat import FakeTensor, OpOverload, size_expr
 from moe_inductor.capture.rolled import EXPERT_INDEX
 from moe_inductor.reasons import Refusal
 from moe_inductor.region.counts import Numbers
@@ -140,7 +140,9 @@ class Emitter:
         """An int, the name of a symbolic size, or ``sym_size`` of the node whose data decide it."""
         if not isinstance(size, torch.SymInt):
             return size
-        expr = size.node.expr
+        expr = size_expr(size)
+        if expr.is_Integer:
+            return int(expr)
         if expr not in self._made:
             return str(expr)
         node, dim = self._made[expr]

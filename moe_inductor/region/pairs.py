@@ -36,6 +36,7 @@ from moe_inductor.region.nodes import (
     storages,
     unbacked,
     value,
+    written,
 )
 
 if TYPE_CHECKING:
@@ -170,10 +171,10 @@ def _undoes(node: fx.Node) -> tuple[Order, fx.Node, fx.Node | None] | None:
         order = _tokens(index)
         fits = order is not None and value(base).dim() == 2
         if order is not None and fits:
-            fits = str(value(base).shape[0]) == str(order.tokens)
+            fits = written(value(base).shape[0]) == written(order.tokens)
     else:
         order = order_of(index)
-        fits = order is not None and str(value(base).shape[0]) == str(order.pairs)
+        fits = order is not None and written(value(base).shape[0]) == written(order.pairs)
     if not fits or order is None or value(base).dtype != value(rows).dtype:
         return None
     widths = [str(value(n).shape[1:]) for n in (base, rows)]
@@ -258,8 +259,11 @@ def _tokens_of_pairs(node: Any, order: Order) -> bool:
         return divided[1] == order.top_k and _counts_up(divided[0], order.pairs)
     if node.target is aten.view.default:
         node = node_arg(node, 0)
-    shape = [str(size) for size in value(node).shape]
-    if node.target is not aten.expand.default or shape != [str(order.tokens), str(order.top_k)]:
+    shape = [written(size) for size in value(node).shape]
+    if node.target is not aten.expand.default or shape != [
+        written(order.tokens),
+        written(order.top_k),
+    ]:
         return False
     column = node_arg(node, 0)
     if column.target is not aten.view.default or value(column).shape[-1] != 1:
@@ -272,7 +276,7 @@ def _counts_up(node: Any, size: Any) -> bool:
     node = _integers(node)
     if node is None or node.target is not aten.arange.default or len(node.args) != 1:
         return False
-    return str(value(node).shape[0]) == str(size)
+    return written(value(node).shape[0]) == written(size)
 
 
 def _integers(node: Any) -> fx.Node | None:
@@ -308,8 +312,8 @@ def _of_tokens(out: Emitter, node: fx.Node) -> fx.Node | None:
     order = out.pairs.get(node_arg(node, 0))
     if order is None:
         return None
-    leading = [str(size) for size in value(node).shape[:2]]
-    if leading != [str(order.tokens), str(order.top_k)] or value(node).dim() != 3:
+    leading = [written(size) for size in value(node).shape[:2]]
+    if leading != [written(order.tokens), written(order.top_k)] or value(node).dim() != 3:
         return None
     return _per_token(out, node_arg(node, 0), order)
 
@@ -377,7 +381,7 @@ class _Unsorting:
         if target is aten.slice_scatter.default:
             return self._written(node)
         if target is ALL_ROWS:
-            if str(value(node).shape[0]) != str(self.order.pairs):
+            if written(value(node).shape[0]) != written(self.order.pairs):
                 self._refuse(Code.SPELLING, "not as many rows as were sorted", node)
             return self.rows(node_arg(node, 0))
         return self._row_by_row([node], self.rows)
@@ -391,14 +395,14 @@ class _Unsorting:
         positions: Any = base.args[1] if base.target is aten.index.Tensor else ()
         if len(positions) == 1 and _tokens_of_pairs(positions[0], self.order):
             return self._of_each_pair(node_arg(base, 0), node)
-        if str(value(base).shape[0]) != str(self.order.pairs):
+        if written(value(base).shape[0]) != written(self.order.pairs):
             self._refuse(Code.SPELLING, "rows are not gathered from one for each pair", node)
         return base
 
     def _of_each_pair(self, tokens: fx.Node, node: fx.Node) -> fx.Node:
         """The row of its token, for each pair."""
         found, (T, k) = value(tokens), (self.order.tokens, self.order.top_k)
-        if str(found.shape[0]) != str(T) or self._depends_on_order(tokens):
+        if written(found.shape[0]) != written(T) or self._depends_on_order(tokens):
             self._refuse(Code.SPELLING, "rows are not gathered from one for each token", node)
         rest, origin = found.shape[1:], _origin(node)
         column = self.out.view(tokens, found.new_empty((T, 1, *rest)), origin)

@@ -79,9 +79,13 @@ def _sums(graph: fx.Graph, numbering: Numbering) -> set[int]:
 
 
 def _shows_in_shape(node: fx.Node, i: int) -> bool:
-    """Another dimension would give another shape, or there is only one.  A bin more up to E is the same histogram."""
+    """Another dimension would give another shape, or there is only one.  A bin more up to E is the same histogram, and
+    a slice to beyond the end (2.15 writes the end as it is) the same slice.
+    """
     if node.target is aten.histc.default:
         return i == 3 and bool(node.args[i] == NUM_EXPERTS - 1)
+    if node.target is aten.slice.Tensor and i == 3:
+        return node.args[3] == value(node.args[0]).shape[node.args[1]]
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.arguments[i].name == "dim"
 
