@@ -355,6 +355,13 @@ class StartsFromX(Loop):
         return x.clone()
 
 
+class StartsFromOther(Loop):
+    """Of a tensor that was there before the block, as the result of a shared expert is."""
+
+    def start(self, x):
+        return x * 0.5
+
+
 class StartsFromOnes(Loop):
     def start(self, x):
         return torch.ones_like(x)
@@ -530,6 +537,7 @@ EXPERT_LOOP = ExpertsSpelling(
         NearMiss(name="down_of_next_expert", build=OtherDown, code="EXPERT_WEIGHTS"),
         NearMiss(name="starts_from_x", build=StartsFromX, code="ACCUMULATOR"),
         NearMiss(name="starts_from_ones", build=StartsFromOnes, code="ACCUMULATOR"),
+        NearMiss(name="starts_from_other", build=StartsFromOther, code="ACCUMULATOR"),
         NearMiss(name="adds_a_constant", build=AddsBias, code="ACCUMULATOR"),
         NearMiss(name="index_add_alpha", build=AddsTwice, code="SPELLING"),
         NearMiss(name="no_grad_inside", build=NoGradExpert, code="GRAD_STATE"),

@@ -113,7 +113,13 @@ def canonicalise(gm: fx.GraphModule, region: Region, folds: Fold | None = None) 
     """
     states = _states(region)
     grad = _grad_modes(region, states)
-    _no_foreign_mutation(region)
+    left = _no_foreign_mutation(region)
+    if folds is not None and (passes := left.intersection(folds.nodes)):
+        raise Refusal(
+            Code.ACCUMULATOR,
+            "the experts are added to a tensor that the model had before the block, not to zeros",
+            min(location(node) for node in passes),
+        )
     untraced = set(region.nodes).difference(folds.nodes if folds is not None else region.nodes)
     if not _one_autocast(region, states) or untraced & grad.stopped:
         folds = None  # passes are compared without it
@@ -375,16 +381,18 @@ def _one_autocast(region: Region, states: dict[fx.Node, State]) -> bool:
     return len({states[node].autocast for node in after}) <= 1
 
 
-def _no_foreign_mutation(region: Region) -> None:
+def _no_foreign_mutation(region: Region) -> set[fx.Node]:
     """Nothing outside changes what the region reads while it runs, and the region changes only what it made.
 
     What follows the experts is left to the model where it does otherwise: a block that writes its result into a tensor
-    that two blocks share, say.
+    that two blocks share, say.  Returns what was left.
     """
+    before = set(region.nodes)
     while (found := _foreign_mutation(region)) is not None:
         touching, refusal = found
         if not region.give_up(touching):
             raise refusal
+    return before.difference(region.nodes)
 
 
 def _foreign_mutation(region: Region) -> tuple[list[fx.Node], Refusal] | None:
