@@ -94,10 +94,22 @@ def _clamp_backward(
 ) -> tuple[Any, ...]:
     inside = torch.ones_like(x, dtype=torch.bool)
     if low is not None:
-        inside &= x >= low
+        inside &= _ABOVE(x, low)
     if high is not None:
-        inside &= x <= high
+        inside &= _BELOW(x, high)
     return (gradient * inside,)
+
+
+def _bounds_have_gradients() -> bool:
+    """Does ``clamp`` hand on the gradient of an element that is its bound?  Up to torch 2.13 it does, in 2.15 not."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.ones((), requires_grad=True)
+        (gradient,) = torch.autograd.grad(x.clamp(max=1.0), x)
+    return bool(gradient)
+
+
+# Asked once, here: within an op nothing has gradients.
+_ABOVE, _BELOW = (torch.ge, torch.le) if _bounds_have_gradients() else (torch.gt, torch.lt)
 
 
 def _product_backward(gradient: Tensor, result: Tensor, a: Any, b: Any) -> tuple[Any, ...]:

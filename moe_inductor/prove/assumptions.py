@@ -309,7 +309,8 @@ def _equals(
     def of_ids(topk_ids: torch.Tensor, *others: Any) -> torch.Tensor:
         return reference(topk_ids.reshape(-1, bound.moe.top_k), *others)
 
-    inputs = [bound.topk_ids, *further]
+    # Below a view: the model's may have been merged into the next one.
+    inputs = [_unviewed(bound.topk_ids), *further]
     try:
         traced = trace(of_ids, [value(n) for n in inputs], canonical.fake_mode)
     except Exception:  # it does not run with these ids, so it is not what the model ran
