@@ -385,7 +385,7 @@ def size_expr(size: torch.SymInt) -> sympy.Expr:
     return expr
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=1)  # one frame at a time; more would keep its ShapeEnv alive
 def _equal_sizes(env: ShapeEnv, guards: int) -> list[tuple[sympy.Expr, sympy.Expr]]:
     """What the first so many guards of ``env`` say is equal: the longer expression before the shorter."""
     found = []

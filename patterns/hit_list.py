@@ -88,10 +88,12 @@ class SpareClass(HitLoop):
 class ColumnOfScores(HitLoop):
     """gpt_oss of transformers 4.57: gradients are off for the mask, and the index holds a row of the hit list."""
 
+    def scores(self, topk_ids, topk_weights):
+        zeros = topk_weights.new_zeros(topk_ids.shape[0], NUM_EXPERTS)
+        return zeros.scatter_(1, topk_ids, topk_weights)
+
     def experts(self, x, topk_ids, topk_weights):
-        scores = torch.zeros(
-            x.shape[0], NUM_EXPERTS, dtype=topk_weights.dtype, device=x.device
-        ).scatter_(1, topk_ids, topk_weights)
+        scores = self.scores(topk_ids, topk_weights)
         out, mask = self.start(x), self.mask(topk_ids)
         for row in self.hits(mask, topk_ids)[:]:
             e = row[0]
@@ -101,7 +103,7 @@ class ColumnOfScores(HitLoop):
         return out
 
 
-class RowAsIndex(HitLoop):
+class RowAsIndex(ColumnOfScores):
     """qwen3_vl_moe of transformers 4.57 in training: ``weight[row]`` is [1, in, out], and products are [1, n, out]."""
 
     transposed = True
@@ -114,9 +116,7 @@ class RowAsIndex(HitLoop):
         return y[0]
 
     def experts(self, x, topk_ids, topk_weights):
-        scores = torch.zeros(
-            x.shape[0], NUM_EXPERTS, dtype=topk_weights.dtype, device=x.device
-        ).scatter_(1, topk_ids, topk_weights)
+        scores = self.scores(topk_ids, topk_weights)
         out, mask = self.start(x), self.mask(topk_ids)
         for row in self.hits(mask, topk_ids)[:]:
             with torch.no_grad():

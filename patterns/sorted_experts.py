@@ -200,14 +200,21 @@ class Scattered(Split):
 class ScoredAfter(Scattered):
     """torchtitan with scores after the experts."""
 
+    def start(self, x):
+        return torch.zeros_like(x)
+
+    def add_to(self, base, token, y):
+        return base.scatter_add(dim=0, index=token, src=y)
+
     def experts(self, x, topk_ids, topk_weights):
+        base = self.start(x)
         sizes = self.counts(topk_ids, topk_weights).tolist()
         order = torch.argsort(topk_ids.view(-1), stable=True)
         token = (order // TOP_K).reshape(-1, 1).expand(-1, HIDDEN)
         y = self.mlp(torch.gather(x, dim=0, index=token), sizes)
         wide = torch.promote_types(x.dtype, torch.float32)
         y = (y.to(wide) * topk_weights.view(-1)[order].reshape(-1, 1)).to(x.dtype)
-        return torch.zeros_like(x).scatter_add(dim=0, index=token, src=y)
+        return self.add_to(base, token, y)
 
 
 class SharedFirst(ScoredAfter):
@@ -217,18 +224,8 @@ class SharedFirst(ScoredAfter):
         super().__init__()
         self.shared = _blocks.MLP()
 
-    def add_to(self, base, token, y):
-        return base.scatter_add(dim=0, index=token, src=y)
-
-    def experts(self, x, topk_ids, topk_weights):
-        base = self.shared(x)
-        sizes = self.counts(topk_ids, topk_weights).tolist()
-        order = torch.argsort(topk_ids.view(-1), stable=True)
-        token = (order // TOP_K).reshape(-1, 1).expand(-1, HIDDEN)
-        y = self.mlp(torch.gather(x, dim=0, index=token), sizes)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        y = (y.to(wide) * topk_weights.view(-1)[order].reshape(-1, 1)).to(x.dtype)
-        return self.add_to(base, token, y)
+    def start(self, x):
+        return self.shared(x)
 
 
 class AddsToX(Split):
