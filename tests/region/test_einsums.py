@@ -17,6 +17,8 @@ aten = torch.ops.aten
 # All different, but for the last test: a rule that takes one dimension for another then gives another shape.
 SIZES = {"t": 5, "e": 3, "h": 8, "i": 6, "b": 2}
 
+ORDERS = ["".join(letters) for letters in itertools.permutations("tei")]
+
 
 def tensor(letters, sizes=SIZES):
     return torch.randn([sizes[letter] for letter in letters], dtype=torch.float64)
@@ -38,8 +40,8 @@ def check(fn, *tensors, of_experts=True):
         assert [n.meta["val"].shape[0] for n in weights] == [SIZES["e"]] * len(weights) != []
 
 
-@pytest.mark.parametrize("out", map("".join, itertools.permutations("tei")))
-@pytest.mark.parametrize("weight", map("".join, itertools.permutations("ehi")))
+@pytest.mark.parametrize("out", ORDERS)
+@pytest.mark.parametrize("weight", ["".join(letters) for letters in itertools.permutations("ehi")])
 def test_projection(weight, out):
     """A stack has E in front; of others, only that nothing is taken for one."""
     tensors = tensor("th"), tensor(weight)
@@ -53,7 +55,7 @@ def test_projection_of_sequences(equation):
     check(lambda a, b: torch.einsum(equation, a, b), tensor(x), tensor(w), of_experts=False)
 
 
-@pytest.mark.parametrize("order", map("".join, itertools.permutations("tei")))
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("down", "out"), [("eih", "teh"), ("hei", "eth"), ("ihe", "hte")])
 @pytest.mark.parametrize("scores", ["te", "et"])
 def test_block(order, down, out, scores):
@@ -68,7 +70,7 @@ def test_block(order, down, out, scores):
     check(block, *tensors, of_experts=down[0] == "e")
 
 
-@pytest.mark.parametrize("order", map("".join, itertools.permutations("tei")))
+@pytest.mark.parametrize("order", ORDERS)
 def test_both_sums_at_once(order):
     def block(x, w, v, s):
         hidden = torch.einsum(f"th,ehi->{order}", x, w)
@@ -78,7 +80,7 @@ def test_both_sums_at_once(order):
     check(block, tensor("th"), tensor("ehi"), tensor("eih"), tensor("te"))
 
 
-@pytest.mark.parametrize("order", map("".join, itertools.permutations("tei")))
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
     "equation",
     ["{o},eih->th", "{o},eih->teh", "{o},teh->ih", "{o},eh->tih", "{o},th->eih", "{o},te->ti"],
@@ -93,3 +95,17 @@ def test_any_dimension_may_be_summed(order, equation):
         return torch.einsum(equation, torch.einsum(f"th,ehi->{order}", x, w), v)
 
     check(block, tensor("th", sizes), tensor("ehi", sizes), tensor(other, sizes), of_experts=False)
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_experts_meet_their_own_weights(paired):
+    """One sum over E and I together: with the two exchanged on one side, each expert reads what others computed."""
+    sizes = dict.fromkeys("tehi", 4)
+
+    def block(x, w, v):
+        hidden = torch.einsum("th,ehi->tei", x, w)
+        hidden = hidden if paired else hidden.mT
+        return hidden.reshape(4, 16) @ v.reshape(16, 4)
+
+    tensors = (tensor(letters, sizes) for letters in ("th", "ehi", "eih"))
+    check(block, *tensors, of_experts=False)
