@@ -43,7 +43,11 @@ _OVER_ROWS = frozenset(
 _UNTOLD = frozenset({"view", "permute", "_to_copy", "expand", "sym_size", "full"})
 # Casting GEMMs: their operands may differ in dtype in the model.
 _STACK = torch.ops.aten.stack.default
-_CASTING = ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
+_CASTING = (
+    "aten::_grouped_mm",
+    "transformers::grouped_mm_fallback",
+    "moe_inductor_region::pair_linear",  # a grouped GEMM of sorted rows
+)
 
 
 def propose(
