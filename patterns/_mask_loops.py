@@ -383,6 +383,14 @@ class SoftmaxOfZeros(MaskLoop):
         return super().scores(topk_ids, topk_weights).softmax(-1)
 
 
+class AboveTheKth(FilledScores):
+    """Logits below the k-th largest are set to -inf: where two are the same, both are kept."""
+
+    def chosen(self, probabilities, topk_ids):
+        least = torch.topk(probabilities, self.k, dim=-1).values[..., -1:]
+        return probabilities.masked_fill(probabilities < least, float("-inf")).softmax(-1)
+
+
 class SoftmaxOverTokens(Tested):
     def scores(self, topk_ids, topk_weights):
         full = topk_weights.new_full((topk_weights.shape[0], NUM_EXPERTS), -1e9)
@@ -531,6 +539,7 @@ NEAR_MISSES = (
     NearMiss(name="scores_of_other_slots", build=OtherScattered, code="INPUTS_DIFFER"),
     NearMiss(name="sigmoid_of_zeros", build=SigmoidOfZeros, code="SPELLING"),
     NearMiss(name="softmax_of_zeros", build=SoftmaxOfZeros, code="SPELLING"),
+    NearMiss(name="above_the_kth", build=AboveTheKth, code="SPELLING"),
     NearMiss(name="softmax_over_tokens_of_scores", build=SoftmaxOverTokens, code="SPELLING"),
     NearMiss(name="scores_per_expert", build=ScoresPerExpert, code="SPELLING"),
     NearMiss(name="scores_of_other_expert", build=OtherColumn, code="SPELLING"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -132,7 +133,7 @@ def mutated(node: fx.Node) -> list[fx.Node]:
 
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
-_TORCH = os.path.join(os.path.dirname(torch.__file__), "")
+_TORCH = os.path.join(os.path.dirname(inspect.getfile(torch)), "")
 
 
 def location(node: fx.Node) -> str:

@@ -210,7 +210,7 @@ class Emitter:
         self, base: fx.Node, dim: int, start: Any, end: Any, val: Any, origin: str | None
     ) -> fx.Node:
         """slice(x, dim, 0, size) = x"""
-        if self.same_shape(value(base), val):
+        if type(start) is int and start == 0 and self.same_shape(value(base), val):
             return base
         if base in self.batches and dim > 0:
             inner = self.slice(self.batches[base], dim - 1, start, end, val.squeeze(0), origin)
@@ -326,7 +326,7 @@ def cast(out: Emitter, base: fx.Node, made: torch.Tensor, origin: str | None) ->
         return base
     if base.target is aten.full.default and made.dtype != torch.bool:
         fill = base.args[1]
-        if type(fill) in (int, float) and fill in (0, 1):
+        if isinstance(fill, (int, float)) and fill in (0, 1):
             kept = {"dtype": made.dtype, "device": made.device}
             return out.emit(aten.full.default, (base.args[0], int(fill)), kept, made, origin)
     kept: dict[str, Any] = {"dtype": made.dtype} if source.dtype != made.dtype else {}
