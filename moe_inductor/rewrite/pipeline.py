@@ -58,6 +58,7 @@ def fuse_moe_blocks(
     options: Options,
     assumptions: Sequence[Assumption] = (),
     uncaptured: Reason | None = None,
+    lost_experts: bool = False,
 ) -> list[Assumption]:
     """Rewrite every provable MoE block of ``gm`` and of the bodies of its higher-order ops, in place.
 
@@ -65,6 +66,7 @@ def fuse_moe_blocks(
     those of the ``assumptions`` that the rewritten graph may still depend on: with any left it must not run.
 
     uncaptured: why an earlier capture of the same code, with more in the graph, was of no use.
+    lost_experts: whether that one told experts apart.
     """
     modules = [m for m in gm.modules() if isinstance(m, fx.GraphModule)]
     assumed = Assumed(assumptions)
@@ -84,6 +86,8 @@ def fuse_moe_blocks(
                 report.blocks.append(_router_only(router, uncaptured))
             elif dense is not None:
                 report.blocks.append(_dense(dense))
+            elif module is gm and lost_experts and uncaptured is not None:
+                report.blocks.append(not_captured(uncaptured))
             continue
         for region in regions:
             _fuse_region(module, region, report, options, assumed)
@@ -228,19 +232,17 @@ def _not_fused(region: Region, refused: list[Refusal], bound: Bound | None = Non
 
 
 def _router_only(node: fx.Node, uncaptured: Reason | None) -> BlockReport:
+    why = "the loop over the experts is not in the graph"
+    return not_captured(uncaptured or Reason(Code.CONTROL_FLOW, why, location(node)))
+
+
+def not_captured(reason: Reason) -> BlockReport:
+    """The line for experts that did not reach the backend, at most their router."""
     words = "only the router was captured: "
-    if uncaptured is None:
-        reason = Reason(
-            Code.CONTROL_FLOW,
-            words + "the loop over the experts is not in the graph",
-            location(node),
-        )
-    elif uncaptured.code is Code.CONTROL_FLOW:
-        reason = dataclasses.replace(
-            uncaptured, message=words + uncaptured.message.removeprefix(words)
-        )
-    else:
-        reason = uncaptured  # the loop had been captured, and that is what was wrong with it
+    if (
+        reason.code is Code.CONTROL_FLOW
+    ):  # else the loop had been captured, and that is what was wrong with it
+        reason = dataclasses.replace(reason, message=words + reason.message.removeprefix(words))
     return _refused(reason)
 
 
