@@ -130,6 +130,18 @@ class ProbsOfOthers(Permuted):
         return super().sorted_probs(probs.roll(1, 1), routing_map)
 
 
+class ProbsOfOtherChoice(Permuted):
+    """Rows are weighted by where other experts were chosen."""
+
+    def forward(self, x):
+        self.others = torch.topk(self.gate(x), self.k, largest=False).indices
+        return super().forward(x)
+
+    def map(self, topk_ids, topk_weights):
+        _, routing_map = super().map(topk_ids, topk_weights)
+        return super().map(self.others, topk_weights)[0], routing_map
+
+
 class ProbsByToken(Permuted):
     """Probabilities in the order of the tokens, where rows are in the order of the experts."""
 
@@ -163,6 +175,7 @@ NEAR_MISSES = (
     NearMiss(name="tokens_reversed", build=TokensReversed, code="SPELLING"),
     NearMiss(name="tokens_from_one", build=TokensFromOne, code="SPELLING"),
     NearMiss(name="probs_of_others", build=ProbsOfOthers, code="SPELLING"),
+    NearMiss(name="probs_of_other_choice", build=ProbsOfOtherChoice, code="SPELLING"),
     NearMiss(name="probs_by_token", build=ProbsByToken, code="SPELLING"),
     NearMiss(name="counts_by_others", build=CountsByOthers, code="SPELLING"),
     NearMiss(name="permuted_twice", build=PermutedTwice, code="SPELLING"),
