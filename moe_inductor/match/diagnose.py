@@ -10,45 +10,52 @@ from torch import fx
 
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.canonical import Canonical
+from moe_inductor.region.find import Region, products_of
 from moe_inductor.region.nodes import is_floating, location, name_of, value
 from moe_inductor.region.thresholds import kept_by_threshold
 
 aten = torch.ops.aten
 
-# Operators that make a norm of rows.
+# Operators that make a norm of rows, in torch and in ATen.
 OVER_ROWS = frozenset(
-    {"mean", "var_mean", "native_layer_norm", "_fused_rms_norm", "linalg_vector_norm"}
-)
+    {
+        "mean", "var_mean", "native_layer_norm", "_fused_rms_norm", "linalg_vector_norm", "layer_norm", "rms_norm",
+        "normalize", "norm", "vector_norm",
+    }
+)  # fmt: skip
 # Operators that nobody wants to hear of.
-UNTOLD = frozenset({"view", "permute", "_to_copy", "expand", "sym_size", "full"})
-_PRODUCTS = frozenset(
-    {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "grouped_mm_fallback", "pair_linear"}
+UNTOLD = frozenset(
+    {"view", "permute", "_to_copy", "expand", "sym_size", "full", "to", "type", "float", "getitem"}
 )
-_SUMS = frozenset({"index_add", "scatter_add", "index_put", "index_copy"})
+_SUMS = frozenset(
+    {
+        "index_add",
+        "scatter_add",
+        "index_put",
+        "index_copy",
+        "setitem",
+        "index_add_",
+        "scatter_add_",
+        "index_put_",
+    }
+)
 # How many operators a norm and what follows it have at most.
 _AFTER = 24
 
 
 def diagnose(canonical: Canonical) -> Refusal | None:
     """What stands out in ``canonical``, or None."""
-    kept = kept_by_threshold(canonical.region.graph)
-    if kept is not None:
-        return kept
-    return _norm(canonical.graph) or _buffer(canonical.graph)
+    region = canonical.region
+    return kept_by_threshold(region.graph) or _norm(region) or _buffer(canonical.graph)
 
 
-def _norm(graph: fx.Graph) -> Refusal | None:
-    """A norm between the last projections and the sum over the experts."""
-    leads = set()  # to a product
-    for node in reversed(graph.nodes):
-        if any(u in leads or name_of(u) in _PRODUCTS for u in node.users):
-            leads.add(node)
-    for node in graph.nodes:
-        if node.op != "call_function" or name_of(node) not in _PRODUCTS or node in leads:
-            continue
+def _norm(region: Region) -> Refusal | None:
+    """A norm between the last projections and the sum over the experts; it need not be in the region."""
+    products = products_of(region)
+    for node in products:
         between = _until_summed(node)
         norms = [n for n in between if name_of(n) in OVER_ROWS]
-        if norms:
+        if norms and not any(n in products for n in between):
             names = dict.fromkeys(f"`{name_of(n)}`" for n in between if name_of(n) not in UNTOLD)
             words = f"a norm stands between the experts and the sum over them ({', '.join(names)})"
             return Refusal(Code.SPELLING, words, location(norms[0]))

@@ -198,6 +198,11 @@ def _is_anchor(node: fx.Node) -> bool:
     return is_tensor(node) and has_unbacked(node) and _selects_rows(node)
 
 
+def products_of(region: Region) -> list[fx.Node]:
+    """The products of the region that only experts make: of rows, or with matrices, that were chosen."""
+    return [n for n in region.nodes if _is_anchor(n) and name_of(n) in _GEMMS]
+
+
 def _multiplies_some_rows(node: fx.Node) -> bool:
     """A product of rows whose number depends on the data: ``linear(tokens.split(counts)[e], weight[e])``."""
     return (
