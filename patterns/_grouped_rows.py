@@ -152,6 +152,21 @@ class TitanPutBack(Titan):
         return (pairs.to(wide) * topk_weights.unsqueeze(-1)).sum(dim=1)
 
 
+class TitanByProduct(TitanPutBack):
+    """The weighted sum as a batched product, in fp32."""
+
+    def summed(self, pairs, topk_weights):
+        wide = torch.promote_types(pairs.dtype, torch.float32)
+        return torch.bmm(topk_weights.reshape(-1, 1, TOP_K), pairs.to(wide)).squeeze(1)
+
+
+class ProductOfOthers(TitanByProduct):
+    """The weights of a token's choices in another order than the choices."""
+
+    def summed(self, pairs, topk_weights):
+        return super().summed(pairs, topk_weights.flip(1))
+
+
 # -- near misses ------------------------------------------------------------------------------------------------------
 
 
@@ -256,6 +271,8 @@ SAMPLES = (
     Sample(name="titan_balanced", build=TitanBalanced, brief=True),
     Sample(name="titan_sliced", build=TitanSliced, brief=True),
     Sample(name="titan_put_back", build=TitanPutBack, brief=True),
+    Sample(name="titan_by_product", build=TitanByProduct, brief=True),
+    Sample(name="titan_product_flipped", build=ProductOfOthers, brief=True),
 )
 
 NEAR_MISSES = (

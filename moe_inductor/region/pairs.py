@@ -129,6 +129,8 @@ def unsorted(out: Emitter, node: fx.Node) -> fx.Node | None:
     """What ``node`` is worth, made without a sort, if it undoes one; None if it does not, or not that we can show."""
     if node.target is aten.view.default:
         return _of_tokens(out, node)
+    if node.target is aten.bmm.default:
+        return _combined(out, node)
     found = _undoes(node)
     if found is None:
         return None
@@ -142,6 +144,8 @@ def unsorted(out: Emitter, node: fx.Node) -> fx.Node | None:
         out.refused.append(refusal)
         return None
     out.pairs[made] = order
+    if made.target is aten._to_copy.default:  # casts are made behind views
+        out.pairs[node_arg(made, 0)] = order
     if base is None:
         return made
     per_token = _per_token(out, made, order)
@@ -323,6 +327,37 @@ def _of_tokens(out: Emitter, node: fx.Node) -> fx.Node | None:
     if leading != [written(order.tokens), written(order.top_k)] or value(node).dim() != 3:
         return None
     return _per_token(out, node_arg(node, 0), order)
+
+
+def _combined(out: Emitter, node: fx.Node) -> fx.Node | None:
+    """bmm(w [T, 1, k], y [T, k, H]) = view(sum(y * view(w, [T, k, 1]), 1), [T, 1, H]) for what the experts of a token
+    give, y"""
+    weights, given = node_arg(node, 0), node_arg(node, 1)
+    inner = node_arg(given, 0) if given.target is aten._to_copy.default else given
+    base = node_arg(inner, 0) if inner.target is aten.view.default else inner
+    order = out.pairs.get(base)
+    if order is None or not _is_one(value(weights).shape[1]):
+        return None
+    shape = value(given).shape
+    if [written(size) for size in shape[:2]] != [written(order.tokens), written(order.top_k)]:
+        return None
+    column = value(weights).reshape(*shape[:2], 1)
+    origin, made = _origin(node), value(node)
+    scaled = out.apply(
+        aten.mul.Tensor,
+        (given, out.view(weights, column, origin)),
+        {},
+        value(given).new_empty(shape),
+        origin,
+    )
+    summed = out.apply(
+        aten.sum.dim_IntList,
+        (scaled, [1]),
+        {},
+        made.new_empty((made.shape[0], made.shape[2])),
+        origin,
+    )
+    return out.view(summed, made, origin)
 
 
 def _per_token(out: Emitter, rows: fx.Node, order: Order) -> fx.Node:
