@@ -46,7 +46,7 @@ _AFTER = 24
 def diagnose(canonical: Canonical) -> Refusal | None:
     """What stands out in ``canonical``, or None."""
     region = canonical.region
-    return kept_by_threshold(region.graph) or _norm(region) or _buffer(canonical.graph)
+    return kept_by_threshold(region.nodes) or _norm(region) or _buffer(canonical.graph)
 
 
 def _norm(region: Region) -> Refusal | None:

@@ -340,7 +340,15 @@ def _grow(
     for node in (
         after
     ):  # an index computed for a later step may have been refused before its reader came in
-        if node in chosen and node not in members and any(u in members for u in node.users):
+        of_a_pack = any(
+            isinstance(value(a), (tuple, list)) and a not in members for a in node.all_input_nodes
+        )  # one result of another top-k is an input of its own
+        if (
+            node in chosen
+            and node not in members
+            and not of_a_pack
+            and any(u in members for u in node.users)
+        ):
             members.add(node)
 
     _add_router(root, members)

@@ -6,7 +6,7 @@ topk(scores.T, capacity)                                             experts cho
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from torch import fx
@@ -37,9 +37,9 @@ _PRODUCTS = frozenset({"bmm", "matmul", "__matmul__", "einsum", "baddbmm"})
 _GATHERS = frozenset({"getitem", "index_select", "gather", "embedding"})
 
 
-def kept_by_threshold(graph: fx.Graph) -> Refusal | None:
-    """Scores that are compared with the k-th largest of them."""
-    for node in graph.nodes:
+def kept_by_threshold(nodes: Iterable[fx.Node]) -> Refusal | None:
+    """Scores that are compared with the k-th largest of them; ``nodes`` are of a block: samplers do that as well."""
+    for node in nodes:
         if name_of(node) not in _COMPARISONS or len(node.all_input_nodes) != 2:
             continue
         for scores, least in (node.all_input_nodes, node.all_input_nodes[::-1]):
@@ -60,10 +60,13 @@ def _topk_of(node: fx.Node) -> fx.Node | None:
     return node if name_of(node) in ("topk", "kthvalue") else None
 
 
-def chosen_by_experts(graph: fx.Graph) -> Refusal | None:
-    """A top-k of the tokens for each of E experts, in a graph where each reads the tokens that it has chosen."""
+def chosen_by_experts(graph: fx.Graph, roots: Collection[fx.Node] = ()) -> Refusal | None:
+    """A top-k of the tokens for each of E experts, in a graph where each reads the tokens that it has chosen.
+
+    roots: choices that belong to a block.
+    """
     for node in graph.nodes:
-        if name_of(node) != "topk" or not node.all_input_nodes:
+        if name_of(node) != "topk" or not node.all_input_nodes or node in roots:
             continue
         experts = _choosers(node)
         reads = sum(1 for _ in _read_by(node)) if experts is not None else 0

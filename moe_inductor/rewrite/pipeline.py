@@ -73,11 +73,13 @@ def fuse_moe_blocks(
     for module in modules:
         with _timed(report, "region"):
             regions = find_regions(module.graph)
-        if not regions and not looks_like_moe(module.graph):
+        if (chosen := chosen_by_experts(module.graph, [r.root for r in regions])) is not None:
+            report.blocks.append(_refused(chosen.reason))
+        elif not regions and not looks_like_moe(module.graph):
             slots = sent_to_slots(module.graph)
             router = router_only(module.graph)
             dense = dense_only(module.graph) if router is None else None
-            named = chosen_by_experts(module.graph) or kept_by_threshold(module.graph)
+            named = kept_by_threshold(module.graph.nodes) if dense is not None else None
             if slots is not None:
                 report.blocks.append(_slots(slots))
             elif named is not None:

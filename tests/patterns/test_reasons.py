@@ -155,6 +155,45 @@ def test_experts_that_choose_tokens_are_named(rewritten, block):
     assert found.reason.location.startswith("test_reasons.py:")
 
 
+class ChosenBesideOthers(Chosen):
+    """A block of the usual kind in the same graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.usual = hf_batched_mm.Batched()
+
+    def forward(self, x):
+        return super().forward(self.usual(x))
+
+
+def test_experts_that_choose_tokens_are_named_beside_others(rewritten):
+    compiled = rewritten(ChosenBesideOthers())
+    compiled(torch.randn(T, 32))
+    fused = [block for block in compiled.blocks if block.fused]
+    (other,) = (block for block in compiled.blocks if not block.fused)
+    assert len(fused) == 1
+    assert "experts choose their tokens" in other.reason.message
+
+
+class Sampler(torch.nn.Module):
+    """What language models do with the logits of the last token."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(32, 100)
+
+    def forward(self, x):
+        logits = self.head(x)
+        least = torch.topk(logits, 5).values[..., -1, None]
+        return F.softmax(torch.where(logits < least, float("-inf"), logits), dim=-1)
+
+
+def test_a_sampler_is_no_block(rewritten):
+    compiled = rewritten(Sampler())
+    compiled(torch.randn(T, 32))
+    assert not compiled.blocks
+
+
 class LongestTokens(torch.nn.Module):
     """A top-k over tokens that chooses no experts."""
 
