@@ -248,7 +248,15 @@ def align(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> Alignment:
         )
         return result
     # Small chunks are placed sooner, but everybody reads the counts of all chunks.
-    chunk = 128 if num_slots <= 2**13 else 256 if num_slots <= 2**14 else 512 if num_slots <= 2**17 else 2048
+    chunk = (
+        128
+        if num_slots <= 2**13
+        else 256
+        if num_slots <= 2**14
+        else 512
+        if num_slots <= 2**17
+        else 2048
+    )
     num_chunks = triton.cdiv(num_slots, chunk)
     chunk_counts = scratch((num_chunks, padded_e), torch.int32, device)
     launch(

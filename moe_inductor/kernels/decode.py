@@ -24,13 +24,12 @@ from moe_inductor.unit import Unit
 
 from .common import expert_address, load_bias, load_biases
 from .configs import GemvConfig
-from .early import begin, next_may_begin, prefetch
+from .early import begin, next_may_begin
 from .launch import launch
 from .unit import evaluate
 from .weights import Projection, layout_of
 
 MAX_SLOTS = 8  # experts of a token that _decode_down reads at a time
-PREFETCHED_LINES = 16  # of 128 bytes, of every row that it reads, while _decode_gate_up ends
 
 
 @triton.jit
@@ -152,24 +151,11 @@ def _decode_down(
     EVEN_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     SLOTS: tl.constexpr,
-    PREFETCH: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """One token.  Its experts are one dimension of the tile, so that all their loads are in flight together."""
     token = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    if EARLY and PREFETCH > 0:
-        # The ids are older than _decode_gate_up, so they may be read before its end, and the weights with them.
-        ELEMENT: tl.constexpr = intermediate_ptr.dtype.element_ty
-        LINE: tl.constexpr = 128 * 8 // ELEMENT.primitive_bitwidth  # elements of a cache line
-        choice = tl.arange(0, SLOTS)
-        expert = tl.load(topk_ids_ptr + token * K + choice, mask=choice < K, other=-1)
-        valid = (expert >= 0) & (expert < E)
-        expert = tl.where(valid, expert, 0)
-        base = expert_address(weight_ptr, expert, stride_expert, ELEMENT, FROM_TABLE, ALIGNMENT)
-        rows = tl.minimum(columns, H - 1).to(tl.int64) * stride_out
-        lines = tl.minimum(tl.arange(0, PREFETCH) * LINE, I - 1)
-        prefetch(base[:, None, None] + rows[None, :, None] + lines[None, None, :])
     begin(EARLY)
     ks = tl.arange(0, BLOCK_K)
     offsets = columns.to(tl.int64)[:, None] * stride_out + ks[None, :] * stride_in
@@ -314,6 +300,5 @@ def decode_down(
         EVEN_K=I % config.block_k == 0,
         NUM_STAGES=config.num_stages,
         SLOTS=min(MAX_SLOTS, triton.next_power_of_2(k)),
-        PREFETCH=PREFETCHED_LINES if weight.stride_in == 1 else 0,
         num_warps=config.num_warps,
     )

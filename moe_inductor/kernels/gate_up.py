@@ -323,12 +323,10 @@ def _gate_up(
     NUM_STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     PERSISTENT: tl.constexpr,
-    LATE: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     begin(EARLY)
-    if not LATE:
-        next_may_begin(EARLY)
+    next_may_begin(EARLY)
     num_m = tl.load(num_tokens_post_padded_ptr) // BLOCK_M
     num_n = tl.cdiv(I, BLOCK_N)
     # Without PERSISTENT there is one program per possible tile, and the loop runs once or not at all.
@@ -374,8 +372,6 @@ def _gate_up(
             NUM_STAGES,
             PRECISION,
         )
-    if LATE:
-        next_may_begin(EARLY)
 
 
 def gate_up(
@@ -450,7 +446,7 @@ def gate_up(
         NUM_STAGES=config.num_stages,
         PRECISION=config.precision,
         PERSISTENT=config.persistent,
-        LATE=config.late,
+        early=config.early,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

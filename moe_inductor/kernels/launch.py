@@ -65,14 +65,20 @@ _RECORDING = _Recording()
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *args: Any, first: bool = False, **meta: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    early: bool = True,
+    first: bool = False,
+    **meta: Any,
 ) -> None:
     """Launch a Triton kernel through its JIT, and write it down if somebody records.
 
-    first: it starts a chain (``early.py``), so it is not placed before everything before it has ended.
+    early: start before the kernel before has ended, where the GPU can, and let the next one do so (``early.py``).
+    first: it only lets the next one do so.
     """
     if "EARLY" in kernel.arg_names:
-        meta["EARLY"] = starts_early(args[0])
+        meta["EARLY"] = early and starts_early(args[0])
         if meta["EARLY"] and not first:
             meta["launch_pdl"] = True
     compiled = kernel[grid](*args, **meta)

@@ -10,8 +10,8 @@ import sys
 import torch
 
 from moe_inductor.ops import cuda
-from tests.oracle import reference_experts, reference_experts_fp64, storages, unit_scale_inputs
 from tests.oracle import assert_within_fp64_rule as check
+from tests.oracle import reference_experts, reference_experts_fp64, storages, unit_scale_inputs
 
 E, K = 4, 2
 # Decode, then rows per expert of 4, 12, 32, 80, 128, 256, then more slots than one launch aligns.
