@@ -22,6 +22,7 @@ from moe_inductor.match.api import (
     discover,
 )
 from moe_inductor.match.bind import Bound
+from moe_inductor.match.diagnose import diagnose
 from moe_inductor.match.experts import propose
 from moe_inductor.match.router import propose_routers
 from moe_inductor.prove.assumptions import Assumed, prove_assumptions
@@ -37,6 +38,7 @@ from moe_inductor.region.find import (
 )
 from moe_inductor.region.nodes import location, value
 from moe_inductor.region.slots import sent_to_slots
+from moe_inductor.region.thresholds import chosen_by_experts, kept_by_threshold
 from moe_inductor.rewrite.replace import Rewriter
 from moe_inductor.rewrite.support import check_support
 
@@ -75,8 +77,11 @@ def fuse_moe_blocks(
             slots = sent_to_slots(module.graph)
             router = router_only(module.graph)
             dense = dense_only(module.graph) if router is None else None
+            named = chosen_by_experts(module.graph) or kept_by_threshold(module.graph)
             if slots is not None:
                 report.blocks.append(_slots(slots))
+            elif named is not None:
+                report.blocks.append(_refused(named.reason))
             elif router is not None:
                 report.blocks.append(_router_only(router, uncaptured))
             elif dense is not None:
@@ -111,6 +116,9 @@ def _fuse_region(
     if not blocks:
         if canonical.grad_refusal is not None:
             refused = [canonical.grad_refusal]  # no spelling has both modes
+        if not refused or _furthest(refused).reason.code is Code.SPELLING:
+            named = diagnose(canonical)
+            refused = refused if named is None else [named]
         report.blocks.append(_not_fused(region, refused))
         return
     for bound in blocks:
@@ -235,6 +243,10 @@ def not_captured(reason: Reason) -> BlockReport:
         reason.code is Code.CONTROL_FLOW
     ):  # else the loop had been captured, and that is what was wrong with it
         reason = dataclasses.replace(reason, message=words + reason.message.removeprefix(words))
+    return _refused(reason)
+
+
+def _refused(reason: Reason) -> BlockReport:
     return BlockReport(spelling="", fused=False, reason=reason, location=reason.location)
 
 
@@ -244,7 +256,7 @@ def _slots(node: fx.Node) -> BlockReport:
         "that no two of them have the same slot is not proved"
     )
     reason = Reason(Code.SPELLING, words, location(node))
-    return BlockReport(spelling="", fused=False, reason=reason, location=reason.location)
+    return _refused(reason)
 
 
 def _dense(node: fx.Node) -> BlockReport:
@@ -252,7 +264,7 @@ def _dense(node: fx.Node) -> BlockReport:
         "no known spelling: every expert is computed for every token, with scores that are not zero"
     )
     reason = Reason(Code.SPELLING, words, location(node))
-    return BlockReport(spelling="", fused=False, reason=reason, location=reason.location)
+    return _refused(reason)
 
 
 def _shapes(bound: Bound) -> dict[str, str]:
