@@ -54,6 +54,10 @@ from torch._dynamo.variables.tensor import (
 )
 from torch._guards import Source, TracingContext
 
+TORCH_FOLDER = torch.__path__[
+    0
+]  # which the files that Dynamo traces in the place of builtins are in
+
 # The only restart that Dynamo lets a backend raise; on a torch without it capture/scope.py does not install.
 try:
     from torch._dynamo.exc import TensorifyScalarRestartAnalysis as StockRestart

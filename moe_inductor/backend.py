@@ -56,6 +56,8 @@ class MoEInductor:
         self.reports: deque[CompileReport] = deque(maxlen=None if dry_run else 256)
         self._inductors: list[Any] = []
         self._told: set[str] = set()
+        # Where refusals were told to be, by the frame that was being compiled.
+        self._told_of: dict[str, set[str]] = {}
         self._declined: tuple[CompileReport, Options] | None = None
 
     def __call__(
@@ -94,6 +96,7 @@ class MoEInductor:
             inductor.reset()
         self._inductors.clear()
         self._told.clear()
+        self._told_of.clear()
         self.reports.clear()
 
     def _dynamo_backend_init(self) -> None:
@@ -125,7 +128,14 @@ class MoEInductor:
         try:
             from moe_inductor.rewrite.pipeline import fuse_moe_blocks
 
-            assumed = fuse_moe_blocks(gm, report, options, scope.assumptions(), scope.given_up())
+            assumed = fuse_moe_blocks(
+                gm,
+                report,
+                options,
+                scope.assumptions(),
+                scope.given_up(gm),
+                scope.lost_experts(),
+            )
             if report.fused and assumed:
                 # Captured once more, without the loops that nobody could vouch for.
                 scope.distrust(_unproved(report, assumed[0]), {a.location for a in assumed})
@@ -163,12 +173,21 @@ class MoEInductor:
             report.notes += declined.notes
             report.graph_before, report.graph_after = declined.graph_before, declined.graph_after
 
-    def _lost_frame(self) -> None:
-        """Stock capture made no graph of a frame that we had declined: what was refused is still to be told."""
-        (declined, options), self._declined = self._declined or (None, None), None
-        if declined is not None and options is not None and declined.frame == _compat.compile_id():
-            self.reports.append(declined)
-            self._tell(declined, options)
+    def _lost_frame(self, options: Mapping[str, Any] | None) -> None:
+        """Stock capture made no graph of a frame that we gave up: why is still to be told."""
+        (report, _), self._declined = self._declined or (None, None), None
+        if report is None or report.frame != _compat.compile_id():
+            reason = scope.given_up()
+            if reason is None or not scope.lost_experts():
+                return
+            from moe_inductor.rewrite.pipeline import not_captured
+
+            report = CompileReport(frame=_compat.compile_id(), blocks=[not_captured(reason)])
+        ours, _ = split(options)
+        self.reports.append(report)
+        if ours.strict:
+            raise _compat.user_error(NotFused(f"moe_inductor: {report.summary()}"))
+        self._tell(report, ours)
 
     def _tell(self, report: CompileReport, options: Options) -> None:
         """Everybody who wants to know: the user, the debug folder, the structured trace."""
@@ -178,8 +197,17 @@ class MoEInductor:
         folder = dump.write(report, options.dump)
         if folder is not None:
             log.info("graphs and report in %s", folder)
-        if options.summary and report.blocks:
+        if options.summary and report.blocks and self._is_news(report):
             announce(f"moe_inductor: {report.summary()}")
+
+    def _is_news(self, report: CompileReport) -> bool:
+        """Or has the same been said of a frame that this one is called from?  What stock capture makes of a frame that
+        was given up is several, one inside of the other, and each is given up for the same loop."""
+        frame, *callers = scope.frames()
+        told = set().union(*(self._told_of.get(caller, ()) for caller in callers))
+        places = {block.reason.location for block in report.refused if block.reason is not None}
+        self._told_of.setdefault(frame, set()).update(places)
+        return bool(report.fused) or not places or not places <= told
 
     def _internal_error(self, error: Exception, report: CompileReport) -> None:
         """Nothing is fused any more; say so once per kind of error and how to get at its cause."""

@@ -106,6 +106,41 @@ class Tested(MaskLoop):
         return out
 
 
+class MakeMoE(Tested):
+    """makeMoE as it is: batch and sequence are kept, biased experts without a gate, a mask for what is read and another
+    shape of it for what is written."""
+
+    def __init__(self):
+        super().__init__()
+        self.mlps = nn.ModuleList(_blocks.Plain() for _ in range(NUM_EXPERTS))
+
+    def forward(self, x):
+        states = torch.stack((x, 0.5 * x))
+        topk_logits, topk_ids = self.route(self.gate(states))
+        return self.experts(states, topk_ids, topk_logits)
+
+    def scores(self, topk_ids, topk_weights):
+        full = topk_weights.new_full((*topk_weights.shape[:-1], NUM_EXPERTS), float("-inf"))
+        return F.softmax(full.scatter(-1, topk_ids, topk_weights), dim=-1)
+
+    def score(self, flat, mask, e):
+        return flat[mask, e].unsqueeze(1)
+
+    def experts(self, x, topk_ids, topk_weights):
+        out, scores = self.start(x), self.scores(topk_ids, topk_weights)
+        flat_x, flat_scores = x.view(-1, x.size(-1)), scores.view(-1, scores.size(-1))
+        for e, expert in enumerate(self.mlps):
+            mask = (topk_ids == e).any(dim=-1)
+            flat = mask.view(-1)
+            if flat.any():
+                y = expert(flat_x[flat]) * self.score(flat_scores, flat, e)
+                self.put(out, mask, y)
+        return out
+
+    def put(self, out, mask, y):
+        out[mask] += y.squeeze(1)
+
+
 class Positive(MaskLoop):
     def mask(self, topk_ids, scores, e):
         return scores[:, e] > 0
@@ -150,6 +185,22 @@ class FilledScores(ChosenScores):
         return probabilities.masked_fill(~chosen, float("-inf")).softmax(-1)
 
 
+class FromOnes(MaskLoop):
+    def start(self, x):
+        return torch.ones_like(x)
+
+
+class FromShared(MaskLoop):
+    """Rows are added to what a shared expert gave."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared = _blocks.MLP()
+
+    def start(self, x):
+        return self.shared(x)
+
+
 class Capacity(MaskLoop):
     """switch_transformers: one expert per token, of which each takes only the first few; the weight comes after."""
 
@@ -168,6 +219,20 @@ class Capacity(MaskLoop):
         out = self.start(states)
         for e in self.visited:
             out[kept[:, :, e]] = self.expert(e, states[kept[:, :, e]])
+        return (topk_weights[None] * out)[0]
+
+
+class AddedToTokens(Capacity):
+    """What an expert gives is added to the token, in three dimensions."""
+
+    def start(self, x):
+        return x.clone()
+
+    def experts(self, x, topk_ids, topk_weights):
+        states, kept = x[None], self.kept(topk_ids).bool()
+        out = self.start(states)
+        for e in self.visited:
+            out[kept[:, :, e]] += self.expert(e, states[kept[:, :, e]])
         return (topk_weights[None] * out)[0]
 
 
@@ -318,6 +383,14 @@ class SoftmaxOfZeros(MaskLoop):
         return super().scores(topk_ids, topk_weights).softmax(-1)
 
 
+class AboveTheKth(FilledScores):
+    """Logits below the k-th largest are set to -inf: where two are the same, both are kept."""
+
+    def chosen(self, probabilities, topk_ids):
+        least = torch.topk(probabilities, self.k, dim=-1).values[..., -1:]
+        return probabilities.masked_fill(probabilities < least, float("-inf")).softmax(-1)
+
+
 class SoftmaxOverTokens(Tested):
     def scores(self, topk_ids, topk_weights):
         full = topk_weights.new_full((topk_weights.shape[0], NUM_EXPERTS), -1e9)
@@ -350,11 +423,6 @@ class OtherWeights(MaskLoop):
         return super().expert(NUM_EXPERTS - 1 - e, rows)
 
 
-class FromOnes(MaskLoop):
-    def start(self, x):
-        return torch.ones_like(x)
-
-
 class CapacityOfTwo(Capacity):
     """Two experts per token: what the second one assigns replaces what the first one did."""
 
@@ -374,6 +442,37 @@ class RowsOfOthers(MaskLoop):
 
     def experts(self, x, topk_ids, topk_weights):
         return super().experts(x, topk_ids.flip(0), topk_weights)
+
+
+class WrittenTransposed(MakeMoE):
+    """Rows are written where another token of the same number stands: as many, and elsewhere."""
+
+    def put(self, out, mask, y):
+        out[mask.flip(0)] += y
+
+
+class ScoreOfOther(MakeMoE):
+    def score(self, flat, mask, e):
+        return super().score(flat, mask, (e + 1) % NUM_EXPERTS)
+
+
+class WrittenNotAdded(MakeMoE):
+    def put(self, out, mask, y):
+        out[mask] = y
+
+
+class TestsOther(MakeMoE):
+    """Whether an expert is run depends on whether the next one was chosen."""
+
+    def experts(self, x, topk_ids, topk_weights):
+        out, scores = self.start(x), self.scores(topk_ids, topk_weights)
+        flat_x, flat_scores = x.view(-1, x.size(-1)), scores.view(-1, scores.size(-1))
+        for e, expert in enumerate(self.mlps):
+            mask = (topk_ids == e).any(dim=-1)
+            if (topk_ids == (e + 1) % NUM_EXPERTS).any():
+                y = expert(flat_x[mask.view(-1)]) * self.score(flat_scores, mask.view(-1), e)
+                self.put(out, mask, y)
+        return out
 
 
 class Halved(MaskLoop):
@@ -411,12 +510,16 @@ SAMPLES = (
     Sample(name="accumulated", build=Accumulated, brief=True),
     Sample(name="any_mask", build=MaskLoop),
     Sample(name="tested_mask", build=Tested, brief=True),
+    Sample(name="make_moe", build=MakeMoE),
     Sample(name="positive_scores", build=Positive, brief=True),
     Sample(name="threshold", build=Threshold, dtypes=(torch.float32,), brief=True),
     Sample(name="chosen_scores", build=ChosenScores, brief=True),
     Sample(name="filled_scores", build=FilledScores, brief=True),
     Sample(name="capacity", build=Capacity),
+    Sample(name="added_to_tokens", build=AddedToTokens, brief=True),
     Sample(name="capacity_hits", build=CapacityHits, brief=True),
+    Sample(name="from_ones", build=FromOnes, brief=True),
+    Sample(name="from_shared", build=FromShared, brief=True),
     Sample(name="assigned", build=Assigned, brief=True),
     Sample(name="pairs", build=Pairs, brief=True),
 )
@@ -436,15 +539,19 @@ NEAR_MISSES = (
     NearMiss(name="scores_of_other_slots", build=OtherScattered, code="INPUTS_DIFFER"),
     NearMiss(name="sigmoid_of_zeros", build=SigmoidOfZeros, code="SPELLING"),
     NearMiss(name="softmax_of_zeros", build=SoftmaxOfZeros, code="SPELLING"),
+    NearMiss(name="above_the_kth", build=AboveTheKth, code="SPELLING"),
     NearMiss(name="softmax_over_tokens_of_scores", build=SoftmaxOverTokens, code="SPELLING"),
     NearMiss(name="scores_per_expert", build=ScoresPerExpert, code="SPELLING"),
     NearMiss(name="scores_of_other_expert", build=OtherColumn, code="SPELLING"),
     NearMiss(name="mask_missing", build=Missing, code="EXPERT_MISSING"),
     NearMiss(name="mask_twice", build=Twice, code="EXPERT_TWICE"),
     NearMiss(name="mask_of_other_weights", build=OtherWeights, code="EXPERT_WEIGHTS"),
-    NearMiss(name="mask_from_ones", build=FromOnes, code="ACCUMULATOR"),
     NearMiss(name="capacity_of_two", build=CapacityOfTwo, code="ACCUMULATOR"),
     NearMiss(name="mask_of_other_tokens", build=RowsOfOthers, code="SPELLING"),
+    NearMiss(name="written_elsewhere", build=WrittenTransposed, code="SPELLING"),
+    NearMiss(name="score_of_next", build=ScoreOfOther, code="SPELLING"),
+    NearMiss(name="written_not_added", build=WrittenNotAdded, code="ACCUMULATOR"),
+    NearMiss(name="tests_other", build=TestsOther, code="ASSUMPTION"),
     NearMiss(name="halved", build=Halved, code="SPELLING"),
     NearMiss(name="sum_read", build=SumRead, code="SPELLING"),
     NearMiss(name="pairs_twice", build=PairsTwice, code="EXPERT_TWICE"),

@@ -465,6 +465,26 @@ class GShardOneSlot(GShard):
         return chosen, slots.flip(-1).cumsum(-1)
 
 
+class NanoMoE(GShard):
+    """nanoMoE: buffers [E, C, H] with a slot for each token that an expert has room for, filled by one product."""
+
+    capacity = 8
+
+    def experts(self, x, topk_ids, topk_weights):
+        scores = self.scores(topk_ids, topk_weights)
+        mask = F.one_hot(topk_ids, NUM_EXPERTS).permute(1, 0, 2)
+        rank = torch.cumsum(mask.reshape(-1, NUM_EXPERTS), dim=0) - 1
+        rank = rank.reshape(self.k, -1, NUM_EXPERTS)
+        mask = mask * torch.lt(rank, self.capacity)
+        slots = F.one_hot(torch.sum(mask * rank, dim=-1), self.capacity)
+        weights = mask * scores.unsqueeze(0)
+        combine = torch.sum(weights.unsqueeze(3) * slots.unsqueeze(2), dim=0)
+        rows = combine.bool().permute(1, 2, 0).type_as(x) @ x
+        hidden = self.act(torch.bmm(rows, self.gate_up_proj.transpose(1, 2)))
+        y = torch.bmm(hidden, self.down_proj.transpose(1, 2))
+        return combine.reshape(x.shape[0], -1).to(x.dtype) @ y.view(-1, HIDDEN)
+
+
 class Half(Dense):
     """Only the first experts are in the sum."""
 
@@ -543,5 +563,6 @@ DENSE_EXPERTS = ExpertsSpelling(
         NearMiss(name="gshard", build=GShard, code="SPELLING"),
         NearMiss(name="gshard_with_capacity", build=GShardCapacity, code="SPELLING"),
         NearMiss(name="gshard_slots_shared", build=GShardOneSlot, code="SPELLING"),
+        NearMiss(name="nano_moe", build=NanoMoE, code="SPELLING"),
     ),
 )

@@ -355,16 +355,111 @@ class StartsFromX(Loop):
         return x.clone()
 
 
-class StartsFromOther(Loop):
-    """Of a tensor that was there before the block, as the result of a shared expert is."""
-
-    def start(self, x):
-        return x * 0.5
-
-
 class StartsFromOnes(Loop):
     def start(self, x):
         return torch.ones_like(x)
+
+
+class StartsFromShared(Loop):
+    """Experts are added to what a shared expert gave, in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared = _blocks.MLP()
+
+    def start(self, x):
+        return self.shared(x)
+
+
+class SharedByAnotherName(StartsFromShared):
+    """The sum is read under the name that it had before the loop, in another shape."""
+
+    def experts(self, x, topk_ids, topk_weights):
+        self.given = self.shared(x).view(1, -1, HIDDEN)
+        super().experts(x, topk_ids, topk_weights)
+        return (self.given * 2.0)[0]
+
+    def start(self, x):
+        return self.given.view(-1, HIDDEN)
+
+
+class AddedToShared(StartsFromShared):
+    """The same from value to value."""
+
+    def experts(self, x, topk_ids, topk_weights):
+        out = self.start(x)
+        for e in self.visited:
+            token, slot = torch.where(topk_ids == e)
+            y = self.expert(e, x[token]) * topk_weights[token, slot, None]
+            out = out.index_add(0, token, y)
+        return out
+
+
+class CopiedFirst(StartsFromShared):
+    """The sum starts from a fresh tensor that is written to between the router and the experts."""
+
+    def start(self, x):
+        out = torch.empty_like(x)
+        out.copy_(self.shared(x))
+        return out
+
+
+class ReadBefore(StartsFromShared):
+    """What the sum starts from is read before."""
+
+    def experts(self, x, topk_ids, topk_weights):
+        self.given = self.shared(x) * 1.0
+        loss = self.given.mean()
+        return super().experts(x, topk_ids, topk_weights) + loss
+
+    def start(self, x):
+        return self.given
+
+
+class ReadBetween(StartsFromShared):
+    """The sum of the shared expert and two others is read as well."""
+
+    def add(self, out, token, y):
+        super().add(out, token, y)
+        self.sums.append(out.sum())
+
+    def experts(self, x, topk_ids, topk_weights):
+        self.sums = []
+        return super().experts(x, topk_ids, topk_weights) + self.sums[1]
+
+
+class ReadsItsBase(StartsFromShared):
+    """Experts read the rows that they are added to."""
+
+    def experts(self, x, topk_ids, topk_weights):
+        out, mask = self.start(x), self.mask(topk_ids)
+        for e in self.visited:
+            slot, token = self.where(mask, e)
+            rows = out[token]
+            out.index_add_(0, token, self.expert(e, rows) * topk_weights[token, slot, None])
+        return out
+
+
+class ScaledBetween(StartsFromShared):
+    """What was there counts less after each expert."""
+
+    def add(self, out, token, y):
+        super().add(out, token, y)
+        out.mul_(0.5)
+
+
+class KnownTwice(StartsFromShared):
+    """Experts are added to a tensor under one name, and read it under another."""
+
+    def experts(self, x, topk_ids, topk_weights):
+        given = self.shared(x)
+        one, other = given[:], given.view(-1, HIDDEN)
+        mask = self.mask(topk_ids)
+        for e in self.visited:
+            slot, token = self.where(mask, e)
+            y = self.expert(e, other[token]) * topk_weights[token, slot, None]
+            self.add(one, token, y)
+        return one
 
 
 class AddsTwice(Loop):
@@ -510,6 +605,12 @@ EXPERT_LOOP = ExpertsSpelling(
         Sample(name="no_grad_weights", build=NoGradWeights, brief=True),
         Sample(name="top_one", build=TopOne),
         Sample(name="auxiliary_loss", build=AuxiliaryLoss),
+        Sample(name="starts_from_shared", build=StartsFromShared),
+        Sample(name="starts_from_x", build=StartsFromX, brief=True),
+        Sample(name="starts_from_ones", build=StartsFromOnes, brief=True),
+        Sample(name="shared_by_another_name", build=SharedByAnotherName, brief=True),
+        Sample(name="added_to_shared", build=AddedToShared, brief=True),
+        Sample(name="read_before", build=ReadBefore, brief=True),
         *_mask_loops.SAMPLES,
         *_identities.SAMPLES,
         *(Sample(name=name, build=block, brief=True) for name, block in _blocks.variants(Loop)),
@@ -535,9 +636,11 @@ EXPERT_LOOP = ExpertsSpelling(
         NearMiss(name="expert_twice", build=Twice, code="EXPERT_TWICE"),
         NearMiss(name="weights_permuted", build=OtherWeights, code="EXPERT_WEIGHTS"),
         NearMiss(name="down_of_next_expert", build=OtherDown, code="EXPERT_WEIGHTS"),
-        NearMiss(name="starts_from_x", build=StartsFromX, code="ACCUMULATOR"),
-        NearMiss(name="starts_from_ones", build=StartsFromOnes, code="ACCUMULATOR"),
-        NearMiss(name="starts_from_other", build=StartsFromOther, code="ACCUMULATOR"),
+        NearMiss(name="read_between", build=ReadBetween, code="ESCAPES"),
+        NearMiss(name="reads_its_base", build=ReadsItsBase, code="INPUTS_DIFFER"),
+        NearMiss(name="scaled_between", build=ScaledBetween, code="ACCUMULATOR"),
+        NearMiss(name="known_twice", build=KnownTwice, code="ACCUMULATOR"),
+        NearMiss(name="copied_first", build=CopiedFirst, code="ACCUMULATOR"),
         NearMiss(name="adds_a_constant", build=AddsBias, code="ACCUMULATOR"),
         NearMiss(name="index_add_alpha", build=AddsTwice, code="SPELLING"),
         NearMiss(name="no_grad_inside", build=NoGradExpert, code="GRAD_STATE"),

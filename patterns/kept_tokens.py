@@ -79,17 +79,6 @@ class ReadsTheSum(Kept):
         return (topk_weights[None] * out)[0]
 
 
-class Adds(Kept):
-    """The result is added to the token."""
-
-    def experts(self, x, topk_ids, topk_weights):
-        states, kept = x[None], self.kept(topk_ids).bool()
-        out = self.start(states)
-        for e in self.visited:
-            out[kept[:, :, e]] += self.expert(e, states[kept[:, :, e]])
-        return (topk_weights[None] * out)[0]
-
-
 class KeptMissing(Kept):
     visited = (0, 1, 3)
 
@@ -141,7 +130,6 @@ KEPT_TOKENS = ExpertsSpelling(
         NearMiss(name="starts_elsewhere", build=StartsElsewhere, code="ACCUMULATOR"),
         NearMiss(name="starts_detached", build=StartsDetached, code="ACCUMULATOR"),
         NearMiss(name="reads_the_sum", build=ReadsTheSum, code="INPUTS_DIFFER"),
-        NearMiss(name="adds_to_the_token", build=Adds, code="ACCUMULATOR"),
         NearMiss(name="kept_expert_missing", build=KeptMissing, code="EXPERT_MISSING"),
         NearMiss(name="kept_other_weights", build=KeptOtherWeights, code="EXPERT_WEIGHTS"),
         NearMiss(name="kept_two", build=KeptTwo, code="ACCUMULATOR"),

@@ -10,7 +10,7 @@ What is sorted, how it is counted, cut and put back is written in many ways.  Th
 """
 
 import torch
-from moe_inductor.patterns import _blocks
+from moe_inductor.patterns import _blocks, _grouped_rows, _permuted_rows
 from moe_inductor.patterns._blocks import HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K
 from torch import nn
 from torch.nn import functional as F
@@ -25,8 +25,11 @@ def reference(x, topk_ids, topk_weights, experts, *, weight_on, product_in, sum_
     rows = x.unsqueeze(1).expand(T, k, -1).reshape(T * k, -1)
     if weight_on == "input":
         rows = (rows * weights.to(dtype)).to(x.dtype)
-    y = experts(rows, lambda operand, *weights: linear_of_pairs(operand, ids, *weights))
-    y = y.view(T, k, -1)
+
+    def linear(operand, weight, bias):
+        return linear_of_pairs(operand.to(weight.dtype), ids, weight, bias)
+
+    y = experts(rows, linear).view(T, k, -1).to(x.dtype)
     if weight_on == "output":
         y = y * topk_weights.unsqueeze(-1).to(dtype)
     return y.to({"product": y.dtype, "x": x.dtype}[sum_in]).sum(dim=1)
@@ -641,7 +644,12 @@ class OneMoreRow(Slices):
 
 _OF_WRITTEN = (
     NearMiss(name="one_late", build=OneLate, code="PROOF"),
-    NearMiss(name="one_early", build=OneEarly, code="PROOF"),
+    # torch 2.11 does not trace a write of unknown many rows to what may be another number of rows.
+    NearMiss(
+        name="one_early",
+        build=OneEarly,
+        code="PROOF" if torch.__version__ >= "2.13" else "CONTROL_FLOW",
+    ),
     NearMiss(name="overlap", build=Overlap, code="PROOF"),
     NearMiss(name="written_twice", build=WrittenTwice, code="EXPERT_TWICE"),
     NearMiss(name="reads_elsewhere", build=ReadsElsewhere, code="ACTIVATION"),
@@ -672,11 +680,15 @@ SORTED_EXPERTS = ExpertsSpelling(
         Sample(name="put_back_by_inverse", build=PutBackByInverse, brief=True),
         Sample(name="top_one", build=TopOne, brief=True),
         Sample(name="auxiliary_loss", build=AuxiliaryLoss, brief=True),
+        *_grouped_rows.SAMPLES,
+        *_permuted_rows.SAMPLES,
         *(Sample(name=name, build=block, brief=True) for name, block in _blocks.variants(Split)),
     ),
     near_misses=(
         *(NearMiss(name=n, build=b, code=c) for n, b, c in _blocks.near_variants(Split)),
         *_OF_WRITTEN,
+        *_grouped_rows.NEAR_MISSES,
+        *_permuted_rows.NEAR_MISSES,
         NearMiss(name="not_put_back", build=NotPutBack, code="SPELLING"),
         NearMiss(name="order_for_inverse", build=OrderForInverse, code="SPELLING"),
         NearMiss(name="descending", build=Descending, code="SPELLING"),

@@ -27,6 +27,9 @@ _JUST_JUMPS = {
 }
 # The argument of BINARY_OP for + and +=.
 _ADDITIONS = (0, 13)
+# What may stand between [] and the local that it becomes.
+_MAKES_A_CONSTANT = ("BUILD_LIST", "LOAD_CONST", "LOAD_SMALL_INT")
+_MOVES = ("SWAP", "STORE_FAST", "STORE_FAST_STORE_FAST", "NOP")
 _LOAD_ONE = {"LOAD_FAST", "LOAD_FAST_CHECK", "LOAD_FAST_BORROW"}
 
 
@@ -44,6 +47,7 @@ class Bytecode:
         self.instructions = instructions
         self.index = {id(inst): i for i, inst in enumerate(instructions)}
         self.jumps = [self._jumps(i) for i in range(len(instructions))]
+        self._targets = {self.index[id(i.target)] for i in instructions if i.target is not None}
         accesses = [locals_of(inst) for inst in instructions]
         self.written = [written for _, written in accesses]
         self._read = [read for read, _ in accesses]
@@ -108,19 +112,37 @@ class Bytecode:
         return frozenset(
             name
             for name in {name for written in self.written for name in written}
-            if all(self._is_empty_list(i) for i, w in enumerate(self.written) if name in w)
+            if all(self._is_empty_list(i, name) for i, w in enumerate(self.written) if name in w)
             and all(self._is_list_use(i, namespace) for i in self._loads(name))
         )
 
     def _loads(self, name: str) -> Iterator[int]:
         return (i for i, inst in enumerate(self.instructions) if name in locals_of(inst)[0])
 
-    def _is_empty_list(self, i: int) -> bool:
-        made = self.instructions[i - 1]
-        return (
-            self.instructions[i].opname == "STORE_FAST"
-            and made.opname == "BUILD_LIST"
-            and made.arg == 0
+    def _is_empty_list(self, i: int, name: str) -> bool:
+        """``name = []`` or ``other, name = 0, []``: is that what the instruction ``i`` stores in ``name``?"""
+        start = i
+        while start and i not in self._targets and self._is_plain(self.instructions[start - 1]):
+            start -= 1
+            if start in self._targets:
+                break
+        stack: list[Any] = []
+        stored: dict[str, Any] = {}
+        for inst in self.instructions[start : i + 1]:
+            if inst.opname in _MAKES_A_CONSTANT:
+                stack.append(inst)
+            elif inst.opname == "SWAP" and inst.arg <= len(stack):
+                stack[-1], stack[-inst.arg] = stack[-inst.arg], stack[-1]
+            elif inst.opname in ("STORE_FAST", "STORE_FAST_STORE_FAST"):
+                names = inst.argval if isinstance(inst.argval, tuple) else (inst.argval,)
+                for target in names:
+                    stored[target] = stack.pop() if stack else None
+        made = stored.get(name)
+        return made is not None and made.opname == "BUILD_LIST" and made.arg == 0
+
+    def _is_plain(self, inst: Any) -> bool:
+        return inst.opname in (*_MAKES_A_CONSTANT, *_MOVES) and (
+            inst.opname != "BUILD_LIST" or inst.arg == 0
         )
 
     def _is_list_use(self, i: int, namespace: dict[str, Any]) -> bool:

@@ -37,6 +37,7 @@ _SAME_VALUES = {
     *(torch.flatten, torch.reshape, torch.squeeze, torch.clone, torch.detach),
 }
 _CHOOSES = {torch.topk, "topk", torch.argmax, "argmax"}
+_GROUPS = {"one_hot", "bincount", "histc", "sort", "argsort", "unique", "eq", "isin"}
 
 
 def of_number(condition: Any) -> tuple[Any, bool] | None:
@@ -103,6 +104,17 @@ def distinct_values(rows: torch.fx.Node) -> int | None:
     if not isinstance(scores, torch.Tensor) or not scores.dim() or not isinstance(dim, int):
         return None
     return size if isinstance(size := scores.shape[dim], int) else None
+
+
+def groups_choices(node: torch.fx.Node) -> bool:
+    """Does ``node`` sort, count or compare what a choice among scores ``[.., E]`` chose?  So experts are told apart."""
+    if getattr(node.target, "__name__", node.target) not in _GROUPS or not node.all_input_nodes:
+        return False
+    chosen = _through(node.all_input_nodes[0], _SAME_VALUES | {operator.getitem, "float"})
+    if chosen.target not in _CHOOSES or not chosen.all_input_nodes:
+        return False
+    scores = chosen.all_input_nodes[0].meta.get("example_value")
+    return isinstance(scores, torch.Tensor) and scores.dim() >= 2
 
 
 def _through(node: torch.fx.Node, targets: set[Any]) -> torch.fx.Node:

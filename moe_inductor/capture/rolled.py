@@ -87,6 +87,9 @@ class RolledIndex(_compat.VariableTracker):
     def nb_index_impl(self, tx: Any) -> Any:
         return self.number
 
+    def nb_int_impl(self, tx: Any) -> Any:
+        return self.number
+
     def mp_subscript_impl(self, tx: Any, key: Any) -> Any:
         return self._element(key)
 

@@ -22,15 +22,19 @@ import enum
 import functools
 import importlib
 import inspect
+import linecache
 import logging
+import os
 import threading
+import traceback
 import types
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import torch
 
 from moe_inductor import _compat
+from moe_inductor.capture import emptiness
 from moe_inductor.capture.assumptions import Assumption, Rolled, RolledModules
 from moe_inductor.reasons import Code, NotFused, Reason
 
@@ -72,7 +76,7 @@ class _Settings:
     speculate: bool
     roll: bool
     roll_modules: bool
-    on_lost_frame: Callable[[], None]
+    on_lost_frame: Callable[[Mapping[str, Any] | None], None]
 
 
 class Level(enum.IntEnum):
@@ -101,6 +105,7 @@ class _Frame:
     sentinels: set[str] = dataclasses.field(default_factory=set)  # loops whose last row is none
     paired: set[str] = dataclasses.field(default_factory=set)  # loops over experts that are modules
     given_up: Reason | None = None  # why the level went down, the first time
+    chooses_experts: bool = False  # somebody sorted, counted or compared the ids of a top-k
 
 
 @dataclasses.dataclass
@@ -140,7 +145,7 @@ def install(
     speculate: bool = False,
     roll: bool = False,
     roll_modules: bool = False,
-    on_lost_frame: Callable[[], None] = lambda: None,
+    on_lost_frame: Callable[[Mapping[str, Any] | None], None] = lambda options: None,
 ) -> bool:
     """Turn scoped capture on for ``backend``, recognised by identity.  Idempotent.
 
@@ -155,7 +160,8 @@ def install(
     roll_modules: and one over experts that are modules twice, ``RolledModules``.
 
     on_lost_frame: called when a frame that was given up ends without another compile call: Dynamo
-    skips a frame, for instance, whose graph it would have to break inside of a loop.
+    skips a frame, for instance, whose graph it would have to break inside of a loop.  With the options
+    that the backend would have been called with.
     """
     with _lock:
         if not _wrap_trace_frame():
@@ -232,10 +238,38 @@ def final(error: ErrorT) -> ErrorT:
     return error
 
 
-def given_up() -> Reason | None:
-    """Why the frame being compiled is not captured as far as it might have been; None if it is."""
+def given_up(gm: torch.fx.GraphModule | None = None) -> Reason | None:
+    """Why the frame being compiled is not captured as far as it might have been; None if it is.
+
+    gm: what Dynamo made of it.
+    """
     attempt = _state.attempt
-    return attempt.frame.given_up if attempt is not None else None
+    if attempt is None or attempt.frame.given_up is not None or gm is None:
+        return attempt.frame.given_up if attempt is not None else None
+    end = getattr(gm, "compile_subgraph_reason", None)
+    if end is None or not end.graph_break:
+        return None
+    first_line = next(iter(str(end.reason).strip().splitlines()), "")
+    why = "" if first_line == "step_unsupported" else f" ({first_line})"  # Dynamo's "I forgot"
+    return reason_at(_location_in(end.user_stack), f"the graph ends here{why}")
+
+
+def frames() -> list[str]:
+    """The frame being compiled and those that it is called from, innermost first, each ``/path/file.py:first line``."""
+    attempt, found = _state.attempt, []
+    if attempt is not None:
+        found.append(attempt.frame.where)
+    caller = inspect.currentframe()
+    while caller is not None:
+        found.append(f"{caller.f_code.co_filename}:{caller.f_code.co_firstlineno}")
+        caller = caller.f_back
+    return found
+
+
+def lost_experts() -> bool:
+    """Are experts told apart in the frame?  Then what was given up is most likely their loop."""
+    attempt = _state.attempt
+    return attempt is not None and attempt.frame.chooses_experts
 
 
 def take_decline_reasons() -> list[Reason]:
@@ -370,7 +404,7 @@ def _wrapper(original: Callable[..., Any]) -> Callable[..., Any]:
                 ):
                     if frame.given_up is not None:
                         _explain(error, frame.given_up)
-                        settings.on_lost_frame()
+                        settings.on_lost_frame(_options_of(bound["compiler_fn"]))
                     raise
                 _note(_reason_of(error), frame)
                 raise _restart(attempt) from error
@@ -394,6 +428,8 @@ def _noting_nodes(original: Callable[..., Any]) -> Callable[..., Any]:
         if attempt is not None:
             if op == "call_method" and target == "item":
                 attempt.read_a_number = True
+            if not attempt.frame.chooses_experts:
+                attempt.frame.chooses_experts = emptiness.groups_choices(node)
             for region in attempt.regions:
                 region.note(node)
         return node
@@ -403,14 +439,29 @@ def _noting_nodes(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _settings_of(compiler_fn: Any) -> _Settings | None:
     """How the backend inside of Dynamo's and torch.compile's wrappers was installed, if it was."""
+    *_, backend = _unwrapped(compiler_fn)
+    settings = _installed.get(id(backend))
+    return settings if settings is not None and settings.backend is backend else None
+
+
+def _options_of(compiler_fn: Any) -> Mapping[str, Any] | None:
+    """``torch.compile(..., options=...)``."""
+    for wrapper in _unwrapped(compiler_fn):
+        if isinstance(wrapper, _compat.TorchCompileWrapper):
+            return wrapper.kwargs.get("options")
+    return None
+
+
+def _unwrapped(compiler_fn: Any) -> Iterator[Any]:
+    """Dynamo's and torch.compile's wrappers from the outside in, and last the backend."""
     while True:
+        yield compiler_fn
         if hasattr(compiler_fn, "_torchdynamo_orig_backend"):
             compiler_fn = compiler_fn._torchdynamo_orig_backend
         elif isinstance(compiler_fn, _compat.TorchCompileWrapper):
             compiler_fn = compiler_fn.compiler_fn
         else:
-            settings = _installed.get(id(compiler_fn))
-            return settings if settings is not None and settings.backend is compiler_fn else None
+            return
 
 
 def _frame(speculation_log: Any, settings: _Settings, code: types.CodeType) -> _Frame:
@@ -498,7 +549,7 @@ def _restart(attempt: Attempt, next_level: Level | None = None) -> _Restart:
 def _note(reason: Reason, frame: _Frame | None) -> None:
     if frame is not None:
         if not reason.location:
-            reason = dataclasses.replace(reason, location=frame.where)
+            reason = dataclasses.replace(reason, location=os.path.basename(frame.where))
         frame.given_up = frame.given_up or reason
     _state.reasons.append(reason)
 
@@ -545,6 +596,18 @@ def _reason_of(error: BaseException) -> Reason:
     code = Code.CONTROL_FLOW if inner is None else Code.INTERNAL
     shown = error if inner is None else inner
     first_line = next(iter(str(shown).strip().splitlines()), "")
-    stack = getattr(error, "real_stack", None)
-    location = f"{stack[-1].filename}:{stack[-1].lineno}" if stack else ""
-    return Reason(code, f"{code.value} ({type(shown).__name__}: {first_line})", location)
+    location = _location_in(getattr(error, "real_stack", None) or [])
+    return reason_at(location, f"{code.value} ({type(shown).__name__}: {first_line})", code)
+
+
+def _location_in(stack: Sequence[traceback.FrameSummary]) -> str:
+    """The innermost line that is not one of torch's own: Dynamo traces ``enumerate`` as Python."""
+    own = [f for f in stack if not f.filename.startswith(_compat.TORCH_FOLDER)] or stack
+    return f"{own[-1].filename}:{own[-1].lineno}" if own else ""
+
+
+def reason_at(location: str, why: str, code: Code = Code.CONTROL_FLOW) -> Reason:
+    """``why``, with the statement and the short form of its ``location``, ``/path/file.py:line``."""
+    file, _, line = location.rpartition(":")
+    statement = linecache.getline(file, int(line)).strip() if file else ""
+    return Reason(code, f"{why}: `{statement}`" if statement else why, os.path.basename(location))

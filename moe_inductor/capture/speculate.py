@@ -14,7 +14,6 @@ from __future__ import annotations
 import builtins
 import functools
 import operator
-import os
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -33,7 +32,6 @@ from moe_inductor.capture.assumptions import (
     Visited,
 )
 from moe_inductor.capture.marker import keep
-from moe_inductor.reasons import Code, Reason
 
 # A loop over more rows than this is hardly one over experts, and unrolling it takes minutes.
 MAX_EXPERTS = 1024
@@ -81,6 +79,9 @@ class ExpertIndex(_compat.ConstantVariable):
     def nb_index_impl(self, tx: Any) -> Any:
         return _compat.ConstantVariable.create(self._number)
 
+    def nb_int_impl(self, tx: Any) -> Any:
+        return _compat.ConstantVariable.create(self._number)
+
     def mp_subscript_impl(self, tx: Any, key: Any) -> Any:
         return self._element(key)
 
@@ -126,7 +127,7 @@ def give_up(why: str, location: str = "") -> NoReturn:
     assert attempt is not None
     around = {region.location for region in attempt.regions if not region.closed}
     where = location or _location(_innermost())
-    scope.distrust(Reason(Code.CONTROL_FLOW, why, _short(where)), around | {where})
+    scope.distrust(scope.reason_at(where, why), around | {where})
 
 
 @functools.cache
@@ -188,7 +189,7 @@ def _step(original: Any, attempt: scope.Attempt, tx: Any) -> Any:
             for number in wrong:
                 _unroll_if_rolled(attempt, number.sym_num)
             why = "a number that depends on the data is looked for in a list"
-            scope.stop_capturing(Reason(Code.CONTROL_FLOW, why, _short(_location(tx, coming))))
+            scope.stop_capturing(scope.reason_at(_location(tx, coming), why))
         if scope.speculating() is not None:
             then = _before(attempt, tx, coming)
     result = original(tx)
@@ -241,6 +242,10 @@ def _index_by_row(tx: Any, coming: Any) -> None:
     the other index where it has one.  Both are ``x.select(1, e)[token_idx, None]``.
     """
     key = tx.stack[-1]
+    if _is(key, _ROWS) and _is(_realized(tx.stack[-2]), _compat.BaseListVariable):
+        if _is(key, rolled.RolledIndex):
+            key.refuse("the index of a list")
+        tx.stack[-1] = key.nb_index_impl(tx)  # what Python does, and Dynamo from torch 2.13 on
     if not _is(key, _compat.TupleVariable):
         return
     places = [i for i, item in enumerate(key.items) if _is(item, _ROWS)]
@@ -427,8 +432,7 @@ def _index_modules(attempt: scope.Attempt, tx: Any) -> Callable[[], None] | None
     found = attempt.rolled.get(number.sym_num.node.expr)
     if found is None:
         return None
-    container = tx.stack[-2].realize() if hasattr(tx.stack[-2], "realize") else tx.stack[-2]
-    modules = getattr(container, "value", None)
+    modules = getattr(_realized(tx.stack[-2]), "value", None)
     if type(modules) is not torch.nn.ModuleList:
         return None
     loop, traced = found
@@ -506,7 +510,7 @@ def _region(attempt: scope.Attempt, what: str, location: str, make: Any) -> puri
     try:
         region = make()
     except purity.Impure as impure:
-        scope.refuse(Reason(Code.CONTROL_FLOW, f"{what}: {impure}", _short(location)), location)
+        scope.refuse(scope.reason_at(location, f"{what}: {impure}"), location)
         return None
     attempt.regions[:] = [r for r in attempt.regions if not r.closed]
     attempt.regions.append(region)
@@ -659,6 +663,11 @@ def _is(tracker: Any, kind: type | tuple[type, ...]) -> bool:
     return issubclass(type(tracker), kind)
 
 
+def _realized(tracker: Any) -> Any:
+    """What the coming instruction looks at anyway."""
+    return tracker.realize() if hasattr(tracker, "realize") else tracker
+
+
 def _function_of(tracker: Any) -> Any:
     """What a tracker stands for that holds it as it is.  (Some compute it, and some cannot.)"""
     held = vars(tracker)
@@ -673,8 +682,3 @@ def _location(tx: Any, coming: Any = None) -> str:
     """Of the instruction being traced, or of the one that comes next."""
     line = tx.lineno if coming is None or coming.starts_line is None else coming.starts_line
     return f"{tx.f_code.co_filename}:{line}"
-
-
-def _short(location: str) -> str:
-    """As users see it."""
-    return os.path.basename(location)

@@ -26,6 +26,7 @@ from moe_inductor.description import Combine, Experts, MoE
 from moe_inductor.match.activation import Gated, read_activation
 from moe_inductor.match.api import ExpertsSpelling, combinations
 from moe_inductor.match.bind import Bound, Weight, check_experts
+from moe_inductor.match.diagnose import OVER_ROWS, UNTOLD
 from moe_inductor.match.loop import MLP, Group, Iteration, group_iterations
 from moe_inductor.match.pieces import PROJECTIONS, Pieces, Shapes, experts_pieces, unviewed
 from moe_inductor.reasons import Code, Refusal
@@ -34,16 +35,15 @@ from moe_inductor.region.nodes import location, name_of, same_sizes, value
 from moe_inductor.region.rows import are_distinct, hits, kept_of
 from moe_inductor.unit import parse
 
-# How many operators to look at between the experts and the sum over them, which of them make a norm of rows, and which
-# are not worth telling.
+# How many operators to look at between the experts and the sum over them.
 _AFTER_PROJECTION = 24
-_OVER_ROWS = frozenset(
-    {"mean", "var_mean", "native_layer_norm", "_fused_rms_norm", "linalg_vector_norm"}
-)
-_UNTOLD = frozenset({"view", "permute", "_to_copy", "expand", "sym_size", "full"})
 # Casting GEMMs: their operands may differ in dtype in the model.
 _STACK = torch.ops.aten.stack.default
-_CASTING = ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
+_CASTING = (
+    "aten::_grouped_mm",
+    "transformers::grouped_mm_fallback",
+    "moe_inductor_region::pair_linear",  # a grouped GEMM of sorted rows
+)
 
 
 def propose(
@@ -179,9 +179,9 @@ class _Attempt:
                 continue
             between.append(node)
             todo += node.all_input_nodes
-        steps = [n for n in between if name_of(n) not in _UNTOLD]
+        steps = [n for n in between if name_of(n) not in UNTOLD]
         if is_of_experts and steps:
-            norms = [n for n in steps if name_of(n) in _OVER_ROWS]
+            norms = [n for n in steps if name_of(n) in OVER_ROWS]
             names = dict.fromkeys(f"`{name_of(n)}`" for n in reversed(steps))
             what = "a norm" if norms else "more than a routing weight"
             words = f"{what} stands between the experts and the sum over them ({', '.join(names)})"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +42,9 @@ from moe_inductor.region.nodes import (
 from moe_inductor.region.normalise import Emitter, normalise
 from moe_inductor.region.pairs import restated
 
+# How rows are added in place to what was there.
+_ADDS = frozenset({"index_add_", "scatter_add_", "index_put_", "setitem"})
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Folded:
@@ -63,6 +66,7 @@ class Autocast:
 class Canonical:
     """module, graph: the normal form, one placeholder per tensor input of the region; only read, never run.
     dynamo_of: for a normal-form node, the Dynamo nodes that hold its value once the region has run, inputs included.
+    made_as: the same for what they held when they were made, of those that the region writes to.
     fake_mode: where to trace references that are to be compared with ``graph``.
     grad_enabled: grad mode of the experts.  grad_modes: that of every Dynamo node.  router_refusal: why the router
         must stay, when it runs under another mode, and that is not written out.
@@ -76,6 +80,7 @@ class Canonical:
     region: Region
     module: fx.GraphModule
     dynamo_of: dict[fx.Node, list[fx.Node]]
+    made_as: dict[fx.Node, list[fx.Node]]
     fake_mode: FakeTensorMode
     grad_enabled: bool
     grad_modes: dict[fx.Node, bool]
@@ -117,7 +122,7 @@ def canonicalise(gm: fx.GraphModule, region: Region, folds: Fold | None = None) 
     if folds is not None and (passes := left.intersection(folds.nodes)):
         raise Refusal(
             Code.ACCUMULATOR,
-            "the experts are added to a tensor that the model had before the block, not to zeros",
+            "the experts are added to a tensor that others change, or know by another name",
             min(location(node) for node in passes),
         )
     untraced = set(region.nodes).difference(folds.nodes if folds is not None else region.nodes)
@@ -140,23 +145,24 @@ def canonicalise(gm: fx.GraphModule, region: Region, folds: Fold | None = None) 
         ) from error
     out = Emitter(keep_detach=grad.enabled)
     graph, env = normalise(traced.graph, out=out)
-    dynamo_of: dict[fx.Node, list[fx.Node]] = {}
-    holders = list(zip(region.inputs, _placeholders(traced.graph), strict=True))
-    holders += list(zip(runner.wanted, _results(traced.graph), strict=True))
-    for dynamo, raw in holders:
-        new = env.get(raw)
-        if isinstance(new, fx.Node):
-            dynamo_of.setdefault(new, []).append(dynamo)
+    inputs = {
+        n: env[raw] for n, raw in zip(region.inputs, _placeholders(traced.graph), strict=True)
+    }
+    results = [env.get(raw) for raw in _results(traced.graph)]
+    ends, starts = results[: len(runner.wanted)], results[len(runner.wanted) :]
+    unwritten = [(n, new) for n, new in inputs.items() if n not in runner.written]
+    dynamo_of = _by_value([*unwritten, *zip(runner.wanted, ends, strict=True)])
+    made_as = _by_value(zip(runner.written, starts, strict=True))
     module = fx.GraphModule(traced, graph)
     folded = None
     if folds is not None:
-        inputs = {dynamo: env[raw] for dynamo, raw in holders[: len(region.inputs)]}
         of_pass = {inputs[w]: tuple(inputs[n] for n in ws) for w, ws in folds.weights.items()}
         folded = Folded(folds.ids, of_pass)
     return Canonical(
         region,
         module,
         dynamo_of,
+        made_as,
         fake_mode,
         grad.enabled,
         {node: state.grad_enabled for node, state in states.items()},
@@ -197,7 +203,10 @@ def trace(
 
 
 class _Runner(fx.Interpreter):
-    """Runs the region's Dynamo nodes, folded or not; returns the final value of every wanted one."""
+    """Runs the region's Dynamo nodes, folded or not.
+
+    Returns the final value of every wanted one, and what those that are written to were when they were made.
+    """
 
     def __init__(
         self,
@@ -212,7 +221,10 @@ class _Runner(fx.Interpreter):
         self.stopped = stopped
         self.states = states
         self.nodes = region.nodes if folds is None else folds.nodes
-        self.wanted = [n for n in self.nodes if _trackable(n)]
+        touched = {s for n in region.nodes for target in mutated(n) for s in storages(target)}
+        held = [n for n in (*region.inputs, *self.nodes) if _trackable(n)]
+        self.written = [n for n in held if storages(n) & touched]
+        self.wanted = [n for n in held if n not in region.inputs or n in self.written]
         self.current: fx.Node | None = None
         # The sum after the passes that are run stands for the sum after all.
         self.last, self.last_run = folds.last if folds is not None and folds.last else (None, None)
@@ -221,6 +233,7 @@ class _Runner(fx.Interpreter):
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         self.env = dict(zip(self.region.inputs, args, strict=True))
+        starts = {n: self.env[n].clone() for n in self.region.inputs if n in self.written}
         for node in self.nodes:
             self.current = node
             state = self.states[node]
@@ -231,10 +244,21 @@ class _Runner(fx.Interpreter):
                 if node in self.stopped:
                     made = map_aggregate(made, _without_gradient)
                 self.env[node] = made
+                if node in self.written:
+                    starts[node] = self.env[node].clone()
             if node is self.last_run and self.last is not None:
                 self.env[self.last] = self.env[node]
         self.current = None
-        return tuple(self.env[n] for n in self.wanted)
+        return (*(self.env[n] for n in self.wanted), *(starts[n] for n in self.written))
+
+
+def _by_value(held: Iterable[tuple[fx.Node, Any]]) -> dict[fx.Node, list[fx.Node]]:
+    """The Dynamo nodes of each normal-form node."""
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for dynamo, new in held:
+        if isinstance(new, fx.Node):
+            found.setdefault(new, []).append(dynamo)
+    return found
 
 
 def _constant(item: Any) -> float | None:
@@ -382,7 +406,8 @@ def _one_autocast(region: Region, states: dict[fx.Node, State]) -> bool:
 
 
 def _no_foreign_mutation(region: Region) -> set[fx.Node]:
-    """Nothing outside changes what the region reads while it runs, and the region changes only what it made.
+    """Nothing outside changes what the region reads while it runs, and the region changes only what it made, or adds
+    rows to what was there.
 
     What follows the experts is left to the model where it does otherwise: a block that writes its result into a tensor
     that two blocks share, say.  Returns what was left.
@@ -402,7 +427,9 @@ def _foreign_mutation(region: Region) -> tuple[list[fx.Node], Refusal] | None:
     read: set[int] = set()
     for node in region.nodes:
         made |= storages(node)
+    known: set[int] = set()  # of more than one input
     for node in region.inputs:
+        known |= storages(node) & read
         read |= storages(node)
     inside = False
     pending = len(region.nodes)
@@ -412,7 +439,7 @@ def _foreign_mutation(region: Region) -> tuple[list[fx.Node], Refusal] | None:
         if not (inside and pending):
             continue
         for target in mutated(node):
-            if node in members and storages(target) & read:
+            if node in members and storages(target) & (known if name_of(node) in _ADDS else read):
                 words = f"`{name_of(node)}` changes an input of the block"
                 return [node], Refusal(Code.MUTATION, words, location(node))
             if node not in members and (shared := storages(target) & (read | made)):

@@ -62,6 +62,17 @@ class Numbers:
             found = plus(found, known, int(times))
         return found
 
+    def total(self, number: Any) -> Any:
+        """T k, where ``number`` is how often each of the experts was chosen, added up; otherwise ``number``."""
+        form = self.form(number)
+        counts = {atom[0] for atom in form if atom is not None}
+        one = counts.pop() if len(counts) == 1 else None
+        found = counted(one) if isinstance(one, fx.Node) else None
+        if found is None or form != {(one, e): 1 for e in range(found[1])}:
+            return number
+        ids, experts = found
+        return value(ids).numel() if choices(ids) == experts else number
+
     def scalar(self, node: fx.Node) -> Form:
         """A tensor of one integer."""
         target, args = node.target, node.args

@@ -198,6 +198,11 @@ def _is_anchor(node: fx.Node) -> bool:
     return is_tensor(node) and has_unbacked(node) and _selects_rows(node)
 
 
+def products_of(region: Region) -> list[fx.Node]:
+    """The products of the region that only experts make: of rows, or with matrices, that were chosen."""
+    return [n for n in region.nodes if _is_anchor(n) and name_of(n) in _GEMMS]
+
+
 def _multiplies_some_rows(node: fx.Node) -> bool:
     """A product of rows whose number depends on the data: ``linear(tokens.split(counts)[e], weight[e])``."""
     return (
@@ -371,12 +376,12 @@ class _Reach:
             return False
         if name_of(node) in _GEMMS:  # a product with the weights sums up what the experts gave
             return len(inputs) > 1 and all(map(self._inside, inputs))
+        if _adds_rows(node):  # to what another part of the layer gave: shared experts
+            return len(inputs) > 1 and all(map(self._inside, inputs[1:]))
         if not all(self._inside(target) or _is_fresh(target) for target in mutated(node)):
             return (
                 False  # a counter that the model keeps: it stays where it is and reads the region
             )
-        if name_of(node) in _ADDS_ROWS:  # to what another part of the layer gave: shared experts
-            return len(inputs) > 1 and all(map(self._inside, inputs[1:]))
         if name_of(node) in _GATHERS:
             return self._inside(inputs[0]) or all(map(self._inside, inputs[1:]))
         return all(
@@ -389,6 +394,12 @@ class _Reach:
 
     def _is_weight(self, node: fx.Node) -> bool:
         return is_tensor(node) and str(value(node).numel()) == self.choices
+
+
+def _adds_rows(node: fx.Node) -> bool:
+    return (
+        name_of(node).removesuffix("_") in _ADDS_ROWS and is_tensor(node) and value(node).dim() > 1
+    )
 
 
 def chosen_count(root: fx.Node) -> str:

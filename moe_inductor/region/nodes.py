@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -132,13 +133,16 @@ def mutated(node: fx.Node) -> list[fx.Node]:
 
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+_TORCH = os.path.join(os.path.dirname(inspect.getfile(torch)), "")
 
 
 def location(node: fx.Node) -> str:
-    """``file.py:line`` of the model's source that made the node, or "" when Dynamo did not record one."""
-    trace = node.meta.get("stack_trace") or ""
-    frames = _FRAME.findall(trace)
+    """``file.py:line`` of the model's source that made the node, or "" when Dynamo did not record one.
+
+    The innermost line outside of torch: of a call of ``torch.nn.functional``, not the line in there.
+    """
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     if not frames:
         return ""
-    file, line = frames[-1]
+    file, line = next((f for f in reversed(frames) if not f[0].startswith(_TORCH)), frames[-1])
     return f"{os.path.basename(file)}:{line}"

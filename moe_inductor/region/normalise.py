@@ -101,6 +101,7 @@ class Emitter:
         self._scratch = fx.Graph()
         self._interned: dict[Any, fx.Node] = {}
         self._made: dict[Any, tuple[fx.Node, int]] = {}  # unbacked symbol -> where it was made
+        self._equal: dict[Any, Any] = {}  # unbacked symbol -> the size that it is
 
     def emit(
         self, target: Any, args: tuple, kwargs: dict, val: Any, origin: str | None = None
@@ -143,10 +144,21 @@ class Emitter:
         expr = size_expr(size)
         if expr.is_Integer:
             return int(expr)
+        if expr in self._equal:
+            return self._equal[expr]
         if expr not in self._made:
             return str(expr)
         node, dim = self._made[expr]
         return self.emit(aten.sym_size.int, (node, dim), {}, size)
+
+    def note_equal(self, size: Any, known: Any) -> None:
+        """``size``, which depends on data, is always ``known``."""
+        if isinstance(size, torch.SymInt) and unbacked(size):
+            self._equal[size_expr(size)] = self.size(known)
+
+    def _total(self, size: Any) -> Any:
+        """The number of all choices, where ``size`` is how often each expert was chosen, added up."""
+        return self.numbers.total(size) if unbacked(size) else size
 
     def sizes(self, val: torch.Tensor) -> list[Any]:
         return [self.size(s) for s in val.shape]
@@ -154,7 +166,8 @@ class Emitter:
     def same_sizes(self, a: Any, b: Any) -> bool:
         """Two nonzeros of one mask are one node here, so their sizes are the same although torch made two symbols."""
         return len(a) == len(b) and all(
-            self.size(x) == self.size(y) for x, y in zip(a, b, strict=True)
+            self.size(x) == self.size(y) or self.size(self._total(x)) == self.size(self._total(y))
+            for x, y in zip(a, b, strict=True)
         )
 
     def same_shape(self, a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -197,7 +210,7 @@ class Emitter:
         self, base: fx.Node, dim: int, start: Any, end: Any, val: Any, origin: str | None
     ) -> fx.Node:
         """slice(x, dim, 0, size) = x"""
-        if self.same_shape(value(base), val):
+        if type(start) is int and start == 0 and self.same_shape(value(base), val):
             return base
         if base in self.batches and dim > 0:
             inner = self.slice(self.batches[base], dim - 1, start, end, val.squeeze(0), origin)
@@ -304,12 +317,18 @@ def _cast(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 
 
 def cast(out: Emitter, base: fx.Node, made: torch.Tensor, origin: str | None) -> fx.Node:
-    """cast(x, dtype of x) = x;  cast(cast(b, a), c) = cast(b, c) for a boolean b"""
+    """cast(x, dtype of x) = x;  cast(cast(b, a), c) = cast(b, c) for a boolean b
+    cast(full(0), c) = full(0, dtype c), and so for 1"""
     if base.target is aten._to_copy.default and value(node_arg(base, 0)).dtype == torch.bool:
         base = node_arg(base, 0)
     source = value(base)
     if source.dtype == made.dtype and source.device == made.device:
         return base
+    if base.target is aten.full.default and made.dtype != torch.bool:
+        fill = base.args[1]
+        if isinstance(fill, (int, float)) and fill in (0, 1):
+            kept = {"dtype": made.dtype, "device": made.device}
+            return out.emit(aten.full.default, (base.args[0], int(fill)), kept, made, origin)
     kept: dict[str, Any] = {"dtype": made.dtype} if source.dtype != made.dtype else {}
     if source.device != made.device:
         kept["device"] = made.device
@@ -485,7 +504,7 @@ def _count(out: Emitter, node: fx.Node, args: tuple[Any, ...], kwargs: dict) -> 
     """sum(permute(x, p), dims) = sum(x, p[dims]) for integers, where at most one dimension is left
     sum(x, every dimension) = sum(x);  sum(view(x)) = sum(x);  any(permute(x)) = any(view(x)) = any(x)
     any(any(x, d)) = any(x);  sum(cast(b, int64)) = sum(b);  any(cast(b)) = any(b) for a boolean b: integers add up in
-    any order"""
+    any order;  sum(view(x) == e) = sum(x == e)"""
     made, base = value(node), args[0]
     if node.target is not aten.any.default and not is_integral(node):
         return None
@@ -507,6 +526,11 @@ def _count(out: Emitter, node: fx.Node, args: tuple[Any, ...], kwargs: dict) -> 
         elif value(inner).dtype != torch.bool or base.target is aten.view.default:
             break
         base = inner
+    if base.target is aten.eq.Scalar and made.dim() == 0:
+        ids, e = node_arg(base, 0), base.args[1]
+        if ids.target is aten.view.default:
+            hit = torch.empty_like(value(node_arg(ids, 0)), dtype=torch.bool)
+            base = out.emit(aten.eq.Scalar, (ids.args[0], e), {}, hit, node.meta.get("stack_trace"))
     target = aten.any.default if node.target is aten.any.default else aten.sum.default
     rest: tuple = ()
     if made.dim() == 1:
@@ -717,6 +741,7 @@ def _key(item: Any) -> Any:
 
 # They register their rules, with what stands above.
 from moe_inductor.region import einsums as _einsums  # noqa: E402, F401
+from moe_inductor.region import maps as _maps  # noqa: E402, F401
 from moe_inductor.region import one_batch as _one_batch  # noqa: E402
 from moe_inductor.region import rows as _rows  # noqa: E402, F401
 from moe_inductor.region import sparse as _sparse  # noqa: E402, F401

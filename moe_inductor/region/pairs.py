@@ -1,7 +1,8 @@
 """Experts on sorted rows, as if nothing had been sorted.
 
 Many models sort the (token, choice) pairs by expert, cut the sorted rows into one slice per expert, run each expert on
-its slice, concatenate, and undo the sort, or add each row up at its token.  All of that only moves rows.  In the normal
+its slice, concatenate, and undo the sort, or add each row up at its token; or they give the sorted rows, and where each
+expert's end, to a grouped GEMM, and then add them up.  All of that only moves rows.  In the normal
 form a pair stays where it is: pair ``j`` of token ``t`` is row ``t k + j``, and ``pair_linear`` multiplies each row by
 the matrix of its own expert.  What is computed row by row commutes with the order of rows, so
 
@@ -132,7 +133,8 @@ def unsorted(out: Emitter, node: fx.Node) -> fx.Node | None:
     if found is None:
         return None
     order, rows, base = found
-    if not _has_parts(rows):
+    # The inverse permutation behind a grouped GEMM is a spelling of its own (hf_grouped_mm).
+    if not _has_parts(rows, grouped=node.target is not aten.index.Tensor):
         return None
     try:
         made = _Unsorting(out, order).rows(rows)
@@ -289,12 +291,17 @@ def _integers(node: Any) -> fx.Node | None:
     return node if isinstance(node, fx.Node) else None
 
 
-def _has_parts(rows: fx.Node) -> bool:
-    """Is anything in here put together from parts whose lengths depend on the data?  Then it is ours to explain."""
+def _has_parts(rows: fx.Node, grouped: bool) -> bool:
+    """Is anything in here put together from parts whose lengths depend on the data?  Then it is ours to explain.
+
+    grouped: or made of such parts by a grouped GEMM.
+    """
     todo, seen = [rows], {rows}
     while todo:
         node = todo.pop()
         if node.target is aten.slice_scatter.default:
+            return True
+        if grouped and node.target is aten._grouped_mm.default:
             return True
         if node.target is aten.cat.default and any(
             unbacked(value(part)) for part in node.all_input_nodes
@@ -380,6 +387,8 @@ class _Unsorting:
             return self._concatenated(node)
         if target is aten.slice_scatter.default:
             return self._written(node)
+        if target is aten._grouped_mm.default:
+            return self._grouped(node)
         if target is ALL_ROWS:
             if written(value(node).shape[0]) != written(self.order.pairs):
                 self._refuse(Code.SPELLING, "not as many rows as were sorted", node)
@@ -446,6 +455,34 @@ class _Unsorting:
         if missing:
             self._refuse(Code.EXPERT_MISSING, f"experts {missing[:4]} are never visited", node)
         return self.parallel([parts[e] for e in range(self.order.num_experts)])
+
+    def _grouped(self, node: fx.Node) -> fx.Node:
+        """grouped_mm(rows, matrices [E, ..], the number of rows up to each expert's last) = pair_linear(..)"""
+        rows, matrices, ends, *others = node.args
+        if others or node.kwargs or not isinstance(rows, fx.Node) or not isinstance(ends, fx.Node):
+            self._refuse(Code.SPELLING, "a grouped GEMM of another kind", node)
+        if (
+            not isinstance(matrices, fx.Node)
+            or value(rows).dim() != 2
+            or value(matrices).dim() != 3
+        ):
+            self._refuse(Code.SPELLING, "a grouped GEMM of another kind", node)
+        dtype = ends.kwargs.get("dtype", value(ends).dtype)
+        counts = node_arg(ends, 0) if ends.target is aten.cumsum.default else None
+        if counts is None or ends.args[1] != 0 or dtype not in (torch.int32, torch.int64):
+            self._refuse(Code.PROOF, "where the experts' rows end is not a sum of counts", node)
+        if not self._counts(counts):
+            words = "the lengths of the groups are not known to be how often each expert was chosen"
+            self._refuse(Code.PROOF, words, node)
+        if value(matrices).shape[0] != self.order.num_experts:
+            words = f"{self.order.num_experts} experts are chosen from, {value(matrices).shape[0]} are there"
+            self._refuse(Code.EXPERT_MISSING, words, node)
+        if self._depends_on_order(matrices):
+            self._refuse(self._code(), "the weights of an expert depend on its rows", node)
+        self._below += 1
+        made = (self.rows(rows), self.flat_ids, matrices)
+        self._below -= 1
+        return self.out.apply(PAIR_LINEAR, made, {}, self._sized(node), _origin(node))
 
     # -- the rows of one expert after the other ------------------------------------------------------------------------
     def parallel(self, nodes: Sequence[fx.Node]) -> fx.Node:

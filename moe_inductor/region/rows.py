@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from moe_inductor.region.nodes import node_arg, same_sizes, value
-from moe_inductor.region.normalise import Emitter, is_one, row_of, rule
+from moe_inductor.region.normalise import Emitter, arithmetic, is_one, row_of, rule
 
 aten = torch.ops.aten
 
@@ -114,8 +114,42 @@ def _put(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
             made,
             origin,
         )
-    total = out.emit(aten.index_add.default, (base, 0, rows, added), {}, found, origin)
-    return out.view(total, made, origin)
+    return out.view(add_rows(out, base, rows, added, found, origin), made, origin)
+
+
+@rule(aten.index_add.default)
+def _add(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    if len(args) != 4 or kwargs or args[1] != 0:
+        return None
+    base, _, rows, added = args
+    return add_rows(out, base, rows, added, value(node), node.meta.get("stack_trace"))
+
+
+def add_rows(
+    out: Emitter, base: fx.Node, rows: fx.Node, added: fx.Node, made: torch.Tensor, origin: Any
+) -> fx.Node:
+    """index_add(b, 0, i, y) = b + index_add(zeros, 0, i, y)
+    index_add(b + s, 0, i, y) = b + index_add(s, 0, i, y) for such a sum s
+    where i are the rows of an expert: what experts give is added up by itself, and then to what was there."""
+    if hits(rows) is None or _is_sum(base):
+        return out.emit(aten.index_add.default, (base, 0, rows, added), {}, made, origin)
+    before, total = base, None
+    if base.target is aten.add.Tensor and len(base.args) == 2:
+        for one, other in (base.args, base.args[::-1]):
+            if isinstance(other, fx.Node) and isinstance(one, fx.Node) and _is_sum(other):
+                before, total = one, other
+    if total is None:
+        kept = {"dtype": made.dtype, "device": made.device}
+        total = out.emit(aten.full.default, (out.sizes(made), 0), kept, made, origin)
+    total = out.emit(aten.index_add.default, (total, 0, rows, added), {}, made, origin)
+    return arithmetic(out, aten.add.Tensor, before, total, made, origin)
+
+
+def _is_sum(node: fx.Node) -> bool:
+    """Is it zeros, to which rows may have been added?"""
+    while node.target is aten.index_add.default and len(node.args) == 4:
+        node = node_arg(node, 0)
+    return node.target is aten.full.default and bool(node.args[1] == 0)
 
 
 def _increment(out: Emitter, base: fx.Node, rows: fx.Node, given: fx.Node) -> fx.Node | None:

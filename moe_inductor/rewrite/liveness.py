@@ -45,11 +45,15 @@ def needed(region: Region, replaced: Replaced) -> set[fx.Node]:
 
     keep: set[fx.Node] = set()
     todo: list[fx.Node] = []
+    later: set[fx.Node] = set(members)
     for reader in region.graph.nodes:
+        later.discard(reader)
         if reader not in members:
             for arg in reader.all_input_nodes:
                 if not replaced(reader, arg):
-                    todo += [arg] if arg in members else writes_into(arg)
+                    todo += (
+                        [arg] if arg in members else [w for w in writes_into(arg) if w not in later]
+                    )
     while todo:
         node = todo.pop()
         if node in keep:

@@ -22,6 +22,7 @@ from moe_inductor.match.api import (
     discover,
 )
 from moe_inductor.match.bind import Bound
+from moe_inductor.match.diagnose import diagnose
 from moe_inductor.match.experts import propose
 from moe_inductor.match.router import propose_routers
 from moe_inductor.prove.assumptions import Assumed, prove_assumptions
@@ -37,6 +38,7 @@ from moe_inductor.region.find import (
 )
 from moe_inductor.region.nodes import location, value
 from moe_inductor.region.slots import sent_to_slots
+from moe_inductor.region.thresholds import chosen_by_experts, kept_by_threshold
 from moe_inductor.rewrite.replace import Rewriter
 from moe_inductor.rewrite.support import check_support
 
@@ -56,6 +58,7 @@ def fuse_moe_blocks(
     options: Options,
     assumptions: Sequence[Assumption] = (),
     uncaptured: Reason | None = None,
+    lost_experts: bool = False,
 ) -> list[Assumption]:
     """Rewrite every provable MoE block of ``gm`` and of the bodies of its higher-order ops, in place.
 
@@ -63,6 +66,7 @@ def fuse_moe_blocks(
     those of the ``assumptions`` that the rewritten graph may still depend on: with any left it must not run.
 
     uncaptured: why an earlier capture of the same code, with more in the graph, was of no use.
+    lost_experts: whether that one told experts apart.
     """
     modules = [m for m in gm.modules() if isinstance(m, fx.GraphModule)]
     assumed = Assumed(assumptions)
@@ -73,12 +77,17 @@ def fuse_moe_blocks(
             slots = sent_to_slots(module.graph)
             router = router_only(module.graph)
             dense = dense_only(module.graph) if router is None else None
+            named = chosen_by_experts(module.graph) or kept_by_threshold(module.graph)
             if slots is not None:
                 report.blocks.append(_slots(slots))
+            elif named is not None:
+                report.blocks.append(_refused(named.reason))
             elif router is not None:
                 report.blocks.append(_router_only(router, uncaptured))
             elif dense is not None:
                 report.blocks.append(_dense(dense))
+            elif module is gm and lost_experts and uncaptured is not None:
+                report.blocks.append(not_captured(uncaptured))
             continue
         for region in regions:
             _fuse_region(module, region, report, options, assumed)
@@ -107,6 +116,9 @@ def _fuse_region(
     if not blocks:
         if canonical.grad_refusal is not None:
             refused = [canonical.grad_refusal]  # no spelling has both modes
+        if not refused or _furthest(refused).reason.code is Code.SPELLING:
+            named = diagnose(canonical)
+            refused = refused if named is None else [named]
         report.blocks.append(_not_fused(region, refused))
         return
     for bound in blocks:
@@ -220,19 +232,21 @@ def _not_fused(region: Region, refused: list[Refusal], bound: Bound | None = Non
 
 
 def _router_only(node: fx.Node, uncaptured: Reason | None) -> BlockReport:
+    why = "the loop over the experts is not in the graph"
+    return not_captured(uncaptured or Reason(Code.CONTROL_FLOW, why, location(node)))
+
+
+def not_captured(reason: Reason) -> BlockReport:
+    """The line for experts that did not reach the backend, at most their router."""
     words = "only the router was captured: "
-    if uncaptured is None:
-        reason = Reason(
-            Code.CONTROL_FLOW,
-            words + "the loop over the experts is not in the graph",
-            location(node),
-        )
-    elif uncaptured.code is Code.CONTROL_FLOW:
-        reason = dataclasses.replace(
-            uncaptured, message=words + uncaptured.message.removeprefix(words)
-        )
-    else:
-        reason = uncaptured  # the loop had been captured, and that is what was wrong with it
+    if (
+        reason.code is Code.CONTROL_FLOW
+    ):  # else the loop had been captured, and that is what was wrong with it
+        reason = dataclasses.replace(reason, message=words + reason.message.removeprefix(words))
+    return _refused(reason)
+
+
+def _refused(reason: Reason) -> BlockReport:
     return BlockReport(spelling="", fused=False, reason=reason, location=reason.location)
 
 
@@ -242,7 +256,7 @@ def _slots(node: fx.Node) -> BlockReport:
         "that no two of them have the same slot is not proved"
     )
     reason = Reason(Code.SPELLING, words, location(node))
-    return BlockReport(spelling="", fused=False, reason=reason, location=reason.location)
+    return _refused(reason)
 
 
 def _dense(node: fx.Node) -> BlockReport:
@@ -250,7 +264,7 @@ def _dense(node: fx.Node) -> BlockReport:
         "no known spelling: every expert is computed for every token, with scores that are not zero"
     )
     reason = Reason(Code.SPELLING, words, location(node))
-    return BlockReport(spelling="", fused=False, reason=reason, location=reason.location)
+    return _refused(reason)
 
 
 def _shapes(bound: Bound) -> dict[str, str]:

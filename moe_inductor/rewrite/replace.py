@@ -96,20 +96,23 @@ class Rewriter:
     def fuse_experts(self, bound: Bound) -> fx.Node:
         """Replace the block's output by one call of ``fused_experts``.  Raises Refusal(ESCAPES, MUTATION, LAYOUT)."""
         outputs, base = self._outputs(bound.output)
+        onto = None if base is None else self._written_to(base, outputs)
         position = min(self.ready(h) for h in outputs)
         (after,) = (n for n in self.graph.nodes if self.order[n] == position)
         remake = Remake(self.canonical, lambda node: self._holder(node, position))
         for operand in bound.inputs():
             remake.plan(operand)
-        if base is not None:
+        if base is not None and onto is None:
             remake.plan(base)
         made = value(outputs[0])
         if not made.is_contiguous():
             raise Refusal(Code.LAYOUT, "the block's output is not contiguous", location(outputs[0]))
 
-        replaced = self._takes_over(outputs, position)
+        replaced = self._takes_over(outputs, position, onto)
         keep = needed(self.canonical.region, replaced)
         self._keep_operands(keep, remake.read)
+        if onto is not None:
+            self._keep_as_made(keep, onto)
         self._no_escape(bound, keep, outputs)
 
         moe = bound.moe
@@ -122,7 +125,9 @@ class Rewriter:
             anchor = self.graph.call_function(_EXPERTS, ())
         with self.graph.inserting_before(anchor):
             inputs = {n: remake.emit(self.graph, n, self._finish) for n in bound.inputs()}
-            held = None if base is None else remake.emit(self.graph, base, self._finish)
+            held = None
+            if base is not None and onto is None:
+                held = remake.emit(self.graph, base, self._finish)
             x, ids = inputs[bound.x], self._matrix(inputs[bound.topk_ids], moe.top_k)
             if bound.topk_weights is not None:
                 weights = self._matrix(inputs[bound.topk_weights], moe.top_k)
@@ -151,9 +156,15 @@ class Rewriter:
         if not self.holders(bound.output):
             with self.graph.inserting_after(result):
                 result = self._as_held(result, outputs[0])
-        if held is not None:
+        if onto is not None:  # in place: whatever its other names are, they see the sum
             with self.graph.inserting_after(result):
-                result = self.graph.call_function(torch.add, (held, result))
+                result = self.graph.call_method("add_", (onto, result))
+            self._finish(result, outputs[0])
+        elif held is not None:
+            with self.graph.inserting_after(result):
+                shaped = self._as_held(held, outputs[0])
+            with self.graph.inserting_after(result if shaped is held else shaped):
+                result = self.graph.call_function(torch.add, (shaped, result))
             self._finish(result, outputs[0])
         self._redirect(outputs, result, replaced)
         erase_unneeded(self.canonical.region, keep)
@@ -162,19 +173,50 @@ class Rewriter:
     def _outputs(self, output: fx.Node) -> tuple[list[fx.Node], fx.Node | None]:
         """The holders of the block's output [T, H], or, where the model has none, of the first view of it, or of the
         sum of it and something that is given then: what the experts' rows were added to one by one."""
-        views = [n for n in output.users if n.target is torch.ops.aten.view.default]
-        held = [holders for n in (output, *views) if (holders := self.holders(n))]
+        held = self._held_or_viewed(output)
         if not held:
             for total in output.users:
                 base = _added(total, output)
-                if base is not None and (holders := self.holders(total)):
-                    return holders, base
+                if base is not None and (found := self._held_or_viewed(total)):
+                    return found[0], base
             raise Refusal(Code.MUTATION, "the block's output is never held by the model", "")
         if not self.holders(output):
             held.sort(key=lambda holders: min(map(self.ready, holders)))
             if self._like(held[0][0], value(output)) is None:
                 raise Refusal(Code.LAYOUT, "the shape of the block's output is not known", "")
         return held[0], None
+
+    def _held_or_viewed(self, node: fx.Node) -> list[list[fx.Node]]:
+        """The holders of ``node``, and those of each view of it."""
+        views = [n for n in node.users if n.target is torch.ops.aten.view.default]
+        return [holders for n in (node, *views) if (holders := self.holders(n))]
+
+    def _written_to(self, base: fx.Node, holders: list[fx.Node]) -> fx.Node | None:
+        """The one of the ``holders`` of the sum that was ``base`` when it was made: it is added to in place."""
+        made = [h for n in (base, unviewed(base)) for h in self.canonical.made_as.get(n, ())]
+        return next((h for h in holders if h in made), None)
+
+    def _keep_as_made(self, keep: set[fx.Node], tensor: fx.Node) -> None:
+        """What is written to ``tensor`` before it is what it was made as stays, and all that comes after goes.
+
+        Raises Refusal(ESCAPES) where that is read before the sum is complete.
+        """
+        writes = {w for s in storages(tensor) for w in self.writes.get(s, ())}
+        before = {w for w in writes if self.order[w] <= self.order[tensor]}
+        members = set(self.canonical.region.nodes)
+        todo = [n for n in (tensor, *before) if n in members]
+        while todo:
+            node = todo.pop()
+            if node in keep:
+                continue
+            keep.add(node)
+            todo += [a for a in node.all_input_nodes if a in members]
+            others = storages(node) - storages(tensor)
+            todo += [w for s in others for w in self.writes.get(s, ())]
+        for node in sorted(writes - before, key=self.order.__getitem__):
+            if node in keep:
+                words = "what the experts are added to is read before all of them are"
+                raise Refusal(Code.ESCAPES, words, location(node))
 
     def _like(self, holder: fx.Node, made: torch.Tensor) -> list[int] | fx.Node | None:
         """What tells the shape of ``holder``: sizes, of which one may be -1, or a tensor that comes before it."""
@@ -197,10 +239,14 @@ class Rewriter:
         self._finish(new, holder)
         return new
 
-    def _takes_over(self, holders: list[fx.Node], position: int) -> Any:
-        held = set(holders)
+    def _takes_over(
+        self, holders: list[fx.Node], position: int, onto: fx.Node | None = None
+    ) -> Any:
+        """onto: a tensor that is written to in place, so that its other names need no other readers."""
+        held, written = set(holders), storages(onto) if onto is not None else set()
         return lambda reader, node: (
-            node in held and self.order.get(reader, -1) > max(position, self.ready(node))
+            (node in held or bool(storages(node) & written))
+            and self.order.get(reader, -1) > max(position, self.ready(node))
         )
 
     def _redirect(self, holders: list[fx.Node], new: fx.Node, replaced: Any) -> None:

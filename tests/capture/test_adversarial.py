@@ -334,6 +334,17 @@ def pieces_of_the_block(s, x, w, m, out, hit):
     return out + len(s.parts)
 
 
+def pieces_or_those_of_the_block(s, x, w, m, out, hit):
+    s.parts = others = []
+    parts = others if x.dim() == 2 else []
+    for e in range(E):
+        _, t = torch.where(m[e])
+        if t.numel() == 0:
+            continue
+        parts.append(s.experts[e](x[t]))
+    return out + len(s.parts)
+
+
 def pieces_extended(s, x, w, m, out, hit):
     parts = []
     for e in range(E):
@@ -382,6 +393,7 @@ PYTHON = [
     numbers_among_pieces,
     pieces_in_a_closure,
     pieces_of_the_block,
+    pieces_or_those_of_the_block,
     pieces_extended,
 ]
 

@@ -361,8 +361,7 @@ def deepseek_numpy(s, x, w, ids):
     per_expert = F.one_hot(ids, E).sum(dim=(0, 1)).cpu().numpy()
     order = ids.view(-1).argsort()
     ordered = x[order // ids.shape[1]]
-    outputs = []
-    start = 0
+    outputs, start = [], 0
     for i, count in enumerate(per_expert):
         end = start + count
         if count == 0:

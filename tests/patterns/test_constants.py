@@ -12,10 +12,18 @@ import pytest
 import torch
 from torch import fx
 
-from moe_inductor.match.api import ExpertsSpelling, RouterSpelling, discover
+from moe_inductor.match.api import (
+    ChosenSpelling,
+    ExpertsSpelling,
+    HitListSpelling,
+    RouterSpelling,
+    discover,
+)
 from moe_inductor.match.bind import BoundRouter
 from moe_inductor.match.experts import propose
+from moe_inductor.match.pieces import unviewed
 from moe_inductor.match.router import propose_routers
+from moe_inductor.prove import assumptions
 from moe_inductor.prove.prove import prove_experts, prove_router
 from moe_inductor.reasons import Refusal
 from moe_inductor.rewrite import pipeline
@@ -97,6 +105,53 @@ def test_every_constant_counts(spelling, sample, rewritten, monkeypatch):
             node.args = original
     assert tried > 10, "nothing was looked at"
     assert _proved(canonical, spelling), "the graph is as it was"
+
+
+# -- what capture assumed ----------------------------------------------------------------------------------------------
+
+ASSUMED = [s for s in discover() if isinstance(s, (HitListSpelling, ChosenSpelling))]
+
+
+@pytest.mark.parametrize("spelling", ASSUMED, ids=lambda s: s.name)
+def test_every_constant_of_an_assumption_counts(spelling, rewritten, monkeypatch):
+    """What is asked about the ids, and what is listed of them, is compared with all that is in it."""
+    name = "is_hit_list" if isinstance(spelling, HitListSpelling) else "is_chosen_test"
+    prove, proved = getattr(assumptions, name), []
+
+    def spy(*args):
+        holds = prove(*args)
+        if holds:
+            proved.append(args)
+            monkeypatch.setattr(assumptions, name, prove)
+            _change_all(args, prove)
+            monkeypatch.setattr(assumptions, name, spy)
+        return holds
+
+    monkeypatch.setattr(assumptions, name, spy)
+    torch.manual_seed(0)
+    for sample in spelling.samples:
+        with torch.no_grad():
+            dtype = sample.dtypes[0]
+            rewritten(sample.build().to(dtype))(torch.randn(11, 32, dtype=dtype))
+    assert len(proved) >= len(spelling.samples) // 2, "some are proved by another spelling"
+
+
+def _change_all(args: tuple[Any, ...], prove: Any) -> None:
+    _, shown, bound, *_ = args
+    stop, todo, nodes = {unviewed(bound.topk_ids), *bound.index}, [unviewed(shown)], []
+    while todo:
+        node = todo.pop()
+        if node not in stop and node not in nodes and node.op == "call_function":
+            nodes.append(node)
+            todo += node.all_input_nodes
+    assert nodes
+    for node in nodes:
+        original = node.args
+        for changed in _changes(tuple(original)):
+            node.args = changed
+            assert not prove(*args), f"{node.format_node()} was {original}"
+            node.args = original
+    assert prove(*args), "the graph is as it was"
 
 
 # -- routers -----------------------------------------------------------------------------------------------------------

@@ -79,9 +79,14 @@ def _sums(graph: fx.Graph, numbering: Numbering) -> set[int]:
 
 
 def _shows_in_shape(node: fx.Node, i: int) -> bool:
-    """Another dimension would give another shape, or there is only one.  A bin more up to E is the same histogram, and
-    a slice to beyond the end (2.15 writes the end as it is) the same slice.
+    """Another dimension would give another shape, or there is only one.  A bin more up to E is the same histogram, a
+    slice to beyond the end (2.15 writes the end as it is) the same slice, and two as true as one.
     """
+    if node.target is aten.arange.default:
+        return True
+    if node.target is aten.scatter.value and i == 3:
+        read = [value(user) for user in node.users if user.op != "output"]
+        return all(found.dtype == torch.bool for found in read)
     if node.target is aten.histc.default:
         return i == 3 and bool(node.args[i] == NUM_EXPERTS - 1)
     if node.target is aten.slice.Tensor and i == 3:
@@ -108,7 +113,11 @@ def _changed(item: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    "name", sorted(SAMPLES.keys() & {"split", "slices", "written", "scattered"})
+    "name",
+    sorted(
+        SAMPLES.keys()
+        & {"split", "slices", "written", "scattered", "titan_shared", "titan_put_back", "permuted"}
+    ),
 )
 def test_every_constant_of_the_sort_counts(name, traced):
     torch.manual_seed(0)

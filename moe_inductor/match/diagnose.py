@@ -1,0 +1,92 @@
+"""What is wrong with a block that is no spelling at all, where that has a name.
+
+Read after every spelling has failed, so that a refusal says what the model does, and not which pattern it is not.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from moe_inductor.reasons import Code, Refusal
+from moe_inductor.region.canonical import Canonical
+from moe_inductor.region.find import Region, products_of
+from moe_inductor.region.nodes import is_floating, location, name_of, value
+from moe_inductor.region.thresholds import kept_by_threshold
+
+aten = torch.ops.aten
+
+# Operators that make a norm of rows, in torch and in ATen.
+OVER_ROWS = frozenset(
+    {
+        "mean", "var_mean", "native_layer_norm", "_fused_rms_norm", "linalg_vector_norm", "layer_norm", "rms_norm",
+        "normalize", "norm", "vector_norm",
+    }
+)  # fmt: skip
+# Operators that nobody wants to hear of.
+UNTOLD = frozenset(
+    {"view", "permute", "_to_copy", "expand", "sym_size", "full", "to", "type", "float", "getitem"}
+)
+_SUMS = frozenset(
+    {
+        "index_add",
+        "scatter_add",
+        "index_put",
+        "index_copy",
+        "setitem",
+        "index_add_",
+        "scatter_add_",
+        "index_put_",
+    }
+)
+# How many operators a norm and what follows it have at most.
+_AFTER = 24
+
+
+def diagnose(canonical: Canonical) -> Refusal | None:
+    """What stands out in ``canonical``, or None."""
+    region = canonical.region
+    return kept_by_threshold(region.graph) or _norm(region) or _buffer(canonical.graph)
+
+
+def _norm(region: Region) -> Refusal | None:
+    """A norm between the last projections and the sum over the experts; it need not be in the region."""
+    products = products_of(region)
+    for node in products:
+        between = _until_summed(node)
+        norms = [n for n in between if name_of(n) in OVER_ROWS]
+        if norms and not any(n in products for n in between):
+            names = dict.fromkeys(f"`{name_of(n)}`" for n in between if name_of(n) not in UNTOLD)
+            words = f"a norm stands between the experts and the sum over them ({', '.join(names)})"
+            return Refusal(Code.SPELLING, words, location(norms[0]))
+    return None
+
+
+def _until_summed(product: fx.Node) -> list[fx.Node]:
+    """What is made of the rows of ``product`` before they are added up."""
+    found, todo = [], list(product.users)
+    while todo and len(found) < _AFTER:
+        node = todo.pop(0)
+        rows = value(node)
+        if node in found or not isinstance(rows, torch.Tensor) or name_of(node) in _SUMS:
+            continue
+        if name_of(node) == "sum" and rows.dim() < value(node.all_input_nodes[0]).dim():
+            continue
+        found.append(node)
+        todo += node.users
+    return found
+
+
+def _buffer(graph: fx.Graph) -> Refusal | None:
+    """Experts that take turns at a tensor [E, T, H] (nllb_moe)."""
+    for node in graph.nodes:
+        if node.target is not aten.select_scatter.default or not is_floating(node):
+            continue
+        part = node.args[1]
+        if value(node).dim() == 3 and isinstance(part, fx.Node) and name_of(part) == "index_put":
+            words = (
+                "experts read their tokens from a tensor [E, T, H], put their results there and it is summed over E: "
+                "that what they do not put there is zero is not proved"
+            )
+            return Refusal(Code.SPELLING, words, location(node) or location(part))
+    return None
