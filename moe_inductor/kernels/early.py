@@ -17,18 +17,19 @@ import functools
 
 import torch
 import triton
+import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def begin(EARLY):
+def begin(EARLY: tl.constexpr):
     """Wait for the kernel before this one.  Nothing, without early starts."""
     if EARLY:
         gdc_wait()
 
 
 @triton.jit
-def next_may_begin(EARLY):
+def next_may_begin(EARLY: tl.constexpr):
     """Let the next kernel start when all programs have come here or have ended.  Only after ``begin``."""
     if EARLY:
         gdc_launch_dependents()
