@@ -86,7 +86,10 @@ def recording(
     """Launches are listed, not made, and planned for a GPU of this capability."""
     launches: list[Launch] = []
 
-    def launch(kernel: Any, grid: Any, *args: Any, **meta: Any) -> None:
+    def launch(
+        kernel: Any, grid: Any, *args: Any, early: bool = True, first: bool = False, **meta: Any
+    ) -> None:
+        meta["EARLY"] = early and capability >= (9, 0)
         launches.append(Launch(kernel, args, meta))
 
     with contextlib.ExitStack() as stack:

@@ -54,20 +54,24 @@ def over_best(cell: dict[str, Any]) -> float:
 
 
 def over(name: str) -> Callable[[dict[str, Any]], float]:
-    return lambda cell: cell["us"][name] / cell["us"]["ours"]
+    """Time of ``name`` / time of ours; nan where it was not measured."""
+    return lambda cell: cell["us"].get(name, math.nan) / cell["us"]["ours"]
 
 
 def cells_table(cells: list[dict[str, Any]], roofline: bool) -> list[str]:
     present = [name for name in NAMES if name in cells[0]["us"]]
     header = ["shape", "T", "active experts", "ours", *(NAMES[name] for name in present)]
-    header += ["best peer", "vs best", "vs loop", *(["of roofline"] if roofline else [])]
+    loop = "hf_eager" in present
+    header += ["best peer", "vs best", *(["vs loop"] if loop else [])]
+    header += ["of roofline"] if roofline else []
     header += ["rmse vs eager's"]
     rows = []
     for cell in cells:
         us = cell["us"]
         row = [cell["shape"], str(cell["T"]), f"{cell['active_experts']:g}", number(us["ours"])]
         row += [number(us[name]) for name in present]
-        row += [NAMES[best_peer(cell)], f"{over_best(cell):.2f}x", f"{over('hf_eager')(cell):.1f}x"]
+        row += [NAMES[best_peer(cell)], f"{over_best(cell):.2f}x"]
+        row += [f"{over('hf_eager')(cell):.1f}x"] if loop else []
         row += [f"{cell['roofline_fraction']:.2f}"] if roofline else []
         rows.append([*row, f"{cell['ratio_to_eager']:.2f}"])
     return table(header, rows)
@@ -107,7 +111,7 @@ def musts_table(cells: list[dict[str, Any]]) -> list[str]:
     for must in MUSTS:
         chosen = [c for c in cells if must.tokens[0] <= c["T"] <= must.tokens[1]]
         ratios = {f"{c['shape']} T={c['T']}": must.ratio(c) for c in chosen}
-        if not ratios:
+        if not ratios or any(map(math.isnan, ratios.values())):
             continue
         mean, worst = geomean(ratios.values()), min(ratios, key=ratios.__getitem__)
         met = mean >= (must.mean or 0) and ratios[worst] >= (must.worst or 0)
@@ -119,6 +123,8 @@ def musts_table(cells: list[dict[str, Any]]) -> list[str]:
 
 
 def summary_table(cells: list[dict[str, Any]], roofline: bool) -> list[str]:
+    loop = all("hf_eager" in c["us"] for c in cells)
+
     def row(name: str, chosen: list[dict[str, Any]]) -> list[str]:
         best = [over_best(c) for c in chosen]
         return [
@@ -126,13 +132,14 @@ def summary_table(cells: list[dict[str, Any]], roofline: bool) -> list[str]:
             f"{geomean(best):.2f}x",
             f"{min(best):.2f}x",
             f"{geomean(map(over('hf_compiled'), chosen)):.2f}x",
-            f"{geomean(map(over('hf_eager'), chosen)):.1f}x",
+            *([f"{geomean(map(over('hf_eager'), chosen)):.1f}x"] if loop else []),
             *([f"{geomean(c['roofline_fraction'] for c in chosen):.2f}"] if roofline else []),
             f"{geomean(map(over('ours_per_expert'), chosen)):.3f}",
         ]
 
     rows = [row(str(T), [c for c in cells if c["T"] == T]) for T in sorted({c["T"] for c in cells})]
-    header = ["T", "vs best peer", "worst shape", "vs HF compiled", "vs HF eager loop"]
+    header = ["T", "vs best peer", "worst shape", "vs HF compiled"]
+    header += ["vs HF eager loop"] if loop else []
     header += [*(["of roofline"] if roofline else []), "list / stacked time"]
     return table(header, [*rows, row("all", cells)])
 

@@ -58,6 +58,10 @@ LARGE_GATE_UP = [
     (128, 64, 8, 3, 4, True, True),
     (64, 64, 4, 4, 8, True, False),
     (64, 128, 8, 3, 8, True, True),
+    (64, 64, 4, 4, 8, True, True),
+    (64, 64, 8, 4, 8, True, True),
+    (64, 64, 8, 6, 8, True, True),
+    (64, 64, 4, 3, 8, True, False),
     (128, 64, 8, 3, 8, False, False),
     (128, 64, 8, 4, 8, False, False),
     (64, 64, 4, 4, 8, False, False),
@@ -69,7 +73,10 @@ LARGE_DOWN = [
     (256, 64, 8, 4, 8, True, False),
     (256, 64, 8, 3, 4, True, True),
     (128, 64, 8, 4, 8, True, True),
+    (128, 64, 8, 6, 8, True, True),
+    (128, 64, 4, 4, 8, True, True),
     (128, 64, 4, 4, 8, True, False),
+    (128, 64, 4, 3, 8, True, False),
     (128, 128, 8, 3, 8, True, True),
     (128, 64, 8, 4, 8, False, False),
     (128, 64, 4, 3, 8, False, False),
@@ -101,12 +108,16 @@ DECODE_DOWN = [
     for w, s in [(4, 2), (4, 3), (2, 3)]
 ]
 TABLE_GATE_UP = [
+    (64, 128, 8, 3, 8, True, True),
+    (64, 64, 4, 3, 8, True, False),
     (128, 64, 8, 4, 8, True, True),
     (128, 64, 8, 4, 8, True, False),
     (128, 64, 8, 3, 8, True, True),
     (128, 64, 8, 4, 8, False, False),
 ]
 TABLE_DOWN = [
+    (128, 128, 8, 3, 8, True, True),
+    (128, 64, 4, 3, 8, True, False),
     (256, 64, 8, 4, 8, True, True),
     (256, 64, 8, 4, 8, True, False),
     (256, 64, 8, 3, 8, True, True),
@@ -143,7 +154,13 @@ def candidates(kernel: str, block_m: int, table: bool = False) -> Iterator[GemmC
             for tile, group, tma in itertools.product(small, groups, (True, False))
         ]
         if block_m == 64:
-            pool += [(128, 64, 4, 4, 8, True, True), (128, 128, 8, 3, 8, True, False)]
+            pool += [
+                (*tile, group, True, persistent)
+                for tile in [(64, 64, 4, 4), (64, 64, 4, 3), (128, 64, 8, 4), (128, 64, 4, 4)]
+                for group in (4, 8)
+                for persistent in (True, False)
+            ]
+            pool += [(128, 128, 8, 3, 8, True, False), (256, 64, 8, 4, 4, True, True)]
     for n, k, warps, stages, group, tma, persistent in pool:
         yield GemmConfig(block_m, n, k, group, warps, stages, tma, persistent)
 

@@ -360,13 +360,18 @@ def call_directly(op: OpOverload, functions: Mapping[str, str]) -> None:
 
 
 def decompose(op: OpOverload, function: Callable[..., Any], device: str) -> None:
-    """Under Inductor, ``op`` on ``device`` is the ATen calls that ``function`` makes, which it then fuses."""
-    from torch._inductor import decomposition
+    """Under Inductor, ``op`` on ``device`` is the ATen calls that ``function`` makes, which it then fuses.
+
+    On other devices it is called as it is.
+    """
+    from torch._inductor import decomposition, lowering
 
     def decomposed(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs) if args[0].device.type == device else NotImplemented
 
     decomposition.decompositions[op] = decomposed
+    # Otherwise Inductor refuses to call an op that is in the table.
+    lowering.FALLBACK_ALLOW_LIST.add(op.name().split(".")[0])
     # A copy of the table is kept from the first compile on, which may have been before this.
     decomposition.fast_random_decomps.cache_clear()
 

@@ -155,6 +155,15 @@ class RowOfOthers(RowAsIndex):
         return y[0].flip(0)
 
 
+class RoutedInBatches(HitLoop):
+    """zaya: the router sees ``[B, T, H]``, and its ids lose the batch on the way to the experts."""
+
+    def forward(self, x):
+        topk_weights, topk_ids = self.route(self.gate(x[None]))
+        k = topk_ids.shape[-1]
+        return self.experts(x, topk_ids.reshape(-1, k), topk_weights.reshape(-1, k))
+
+
 class ViewsItsWeights(HitLoop):
     """dbrx of transformers 5.x: every pass views the flat weights of all experts anew."""
 
@@ -379,6 +388,7 @@ HIT_LIST = HitListSpelling(
         Sample(name="spare_class", build=SpareClass),
         Sample(name="column_of_scores", build=ColumnOfScores),
         Sample(name="out_of_place", build=OutOfPlace),
+        Sample(name="routed_in_batches", build=RoutedInBatches, brief=True),
         Sample(name="views_its_weights", build=ViewsItsWeights, brief=True),
         Sample(name="row_as_index", build=RowAsIndex, brief=True),
         Sample(name="row_as_index_interleaved", build=RowAsIndexInterleaved, brief=True),

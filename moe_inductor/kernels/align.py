@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .early import begin, next_may_begin
 from .launch import launch, scratch
 
 SMALL_SLOTS = 2048  # up to here every program reads all ids; beyond, chunks are counted first
@@ -91,7 +92,10 @@ def _align_small(
     BLOCK_M: tl.constexpr,
     BLOCK: tl.constexpr,
     FILL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
+    next_may_begin(EARLY)
     expert = tl.program_id(0)
     counts = tl.zeros((PADDED_E,), tl.int32)
     for start in range(0, num_slots, BLOCK):
@@ -133,7 +137,10 @@ def _count_experts(
     E,
     PADDED_E: tl.constexpr,
     CHUNK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
+    next_may_begin(EARLY)
     chunk = tl.program_id(0)
     slots = chunk * CHUNK + tl.arange(0, CHUNK)
     counts = tl.histogram(_load_experts(topk_ids_ptr, slots, num_slots, E, PADDED_E), PADDED_E)
@@ -156,7 +163,10 @@ def _align_large(
     RANK_BLOCK: tl.constexpr,
     CHUNKS_AT_ONCE: tl.constexpr,
     FILL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
+    next_may_begin(EARLY)
     chunk = tl.program_id(0)
     lane = tl.arange(0, PADDED_E)
     counts = tl.zeros((PADDED_E,), tl.int32)
@@ -238,7 +248,15 @@ def align(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> Alignment:
         )
         return result
     # Small chunks are placed sooner, but everybody reads the counts of all chunks.
-    chunk = 256 if num_slots <= 2**14 else 512 if num_slots <= 2**17 else 2048
+    chunk = (
+        128
+        if num_slots <= 2**13
+        else 256
+        if num_slots <= 2**14
+        else 512
+        if num_slots <= 2**17
+        else 2048
+    )
     num_chunks = triton.cdiv(num_slots, chunk)
     chunk_counts = scratch((num_chunks, padded_e), torch.int32, device)
     launch(
@@ -265,8 +283,8 @@ def align(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> Alignment:
         BLOCK_M=block_m,
         CHUNK=chunk,
         RANK_BLOCK=RANK_BLOCK,
-        CHUNKS_AT_ONCE=max(1, min(16, 8192 // padded_e)),
+        CHUNKS_AT_ONCE=max(1, min(32, 16384 // padded_e)),
         FILL=128,
-        num_warps=8,
+        num_warps=4,  # two programs on a multiprocessor, so that all run at once
     )
     return result

@@ -15,11 +15,14 @@ import torch
 import triton
 import triton.language as tl
 
+from .early import begin
 from .launch import launch
 
 
 @triton.jit
-def _combine(slot_outputs_ptr, topk_ids_ptr, out_ptr, H, E, K: tl.constexpr, BLOCK: tl.constexpr):
+def _combine(slot_outputs_ptr, topk_ids_ptr, out_ptr, H, E, K: tl.constexpr, BLOCK: tl.constexpr,
+             EARLY: tl.constexpr):  # fmt: skip
+    begin(EARLY)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < H

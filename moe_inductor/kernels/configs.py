@@ -17,6 +17,10 @@ import torch
 
 # Reading this much costs about as much as the two launches that decode saves (3.5 us on an H200).
 DECODE_REPEATED_BYTES = 16e6
+# Rows per expert, with BLOCK_M = 128.  Below FEW_ROWS the weights' bytes are the cost, and deeper, narrower tiles keep
+# more of them in flight; from MANY_ROWS on the arithmetic is: tiles that follow one another without a gap win, and an
+# early start would gain nothing.
+FEW_ROWS, MANY_ROWS = 96, 192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +29,7 @@ class GemmConfig:
 
     weights_by_tma: read the weights through a host TMA descriptor (needs ``Projection.tma_ready``).
     persistent: one program per multiprocessor walks the tiles, in one flattened loop.
+    early: start before the kernel before has ended, and let the next one do so (``early.py``).
     """
 
     block_m: int
@@ -35,6 +40,7 @@ class GemmConfig:
     num_stages: int = 3
     weights_by_tma: bool = False
     persistent: bool = False
+    early: bool = True
     precision: str = "ieee"  # of fp32 dots; plain tf32 would miss the accuracy contract
 
 
@@ -122,20 +128,26 @@ def _decode_plan(problem: Problem) -> DecodePlan:
         # Neighbouring outputs are neighbours in memory: make the tile long that way.
         return DecodePlan(GemvConfig(64, 32), GemvConfig(64, 16))
     # The down tile holds all experts of a token (up to 8): the more there are, the fewer rows of each.
-    down = {1: (8, 512), 2: (4, 256)}.get(problem.k, (4, 128))
+    down = {1: (8, 512), 2: (4, 256), 3: (2, 512), 4: (2, 512)}.get(problem.k, (1, 256))
+    if problem.k > 4 and problem.T == 1 and problem.I < 2048:
+        down = (4, 128)
     return DecodePlan(
-        GemvConfig(block_n=16, block_k=256, num_warps=4, num_stages=3),
+        GemvConfig(block_n=8, block_k=512, num_warps=4, num_stages=3),
         GemvConfig(*down, num_warps=4, num_stages=3),
     )
 
 
+def _rows_per_expert(problem: Problem) -> float:
+    return problem.slots / problem.E
+
+
 def _block_m(problem: Problem) -> int:
-    mean = problem.slots / problem.E
+    mean = _rows_per_expert(problem)
     if mean <= 4:
         return 16
     if mean < 16:
         return 32
-    if mean < 32:
+    if mean < 48:
         return 64
     return 128
 
@@ -161,11 +173,11 @@ def _hopper_gate_up(problem: Problem, block_m: int) -> GemmConfig:
         stages = 3 if tma else 4
         return GemmConfig(32, 64, 128, num_warps=4, num_stages=stages, weights_by_tma=tma)
     if block_m == 64:
-        warps = 8 if tma else 4
-        return GemmConfig(64, 128, 64, group_m=4, num_warps=warps, num_stages=4, weights_by_tma=tma)
-    return GemmConfig(
-        128, 128, 64, group_m=8, num_warps=8, num_stages=4, weights_by_tma=tma, persistent=tma
-    )
+        return GemmConfig(64, 64, 128, group_m=4, num_warps=4, num_stages=4, weights_by_tma=tma)
+    if tma and _rows_per_expert(problem) < FEW_ROWS:
+        return GemmConfig(128, 64, 128, 8, 8, 3, weights_by_tma=True, persistent=True)
+    persistent = tma and _rows_per_expert(problem) >= MANY_ROWS
+    return GemmConfig(128, 128, 64, 8, 8, 4, tma, persistent, early=not persistent)
 
 
 def _hopper_down(problem: Problem, block_m: int) -> GemmConfig:
@@ -174,9 +186,8 @@ def _hopper_down(problem: Problem, block_m: int) -> GemmConfig:
         n, k = (64, 256) if tma else (128, 128)
         return GemmConfig(block_m, n, k, num_warps=4, num_stages=3, weights_by_tma=tma)
     if block_m == 64:
-        n, k = (128, 128) if tma else (256, 64)
-        return GemmConfig(64, n, k, group_m=4, num_warps=4, num_stages=4, weights_by_tma=tma)
-    stages = 4 if tma else 3
-    return GemmConfig(
-        128, 256, 64, group_m=8, num_warps=8, num_stages=stages, weights_by_tma=tma, persistent=tma
-    )
+        return GemmConfig(64, 128, 128, group_m=4, num_warps=4, num_stages=4, weights_by_tma=tma)
+    if tma and _rows_per_expert(problem) < FEW_ROWS:
+        return GemmConfig(128, 128, 128, 8, 8, 3, weights_by_tma=True, persistent=True)
+    persistent = tma and _rows_per_expert(problem) >= MANY_ROWS
+    return GemmConfig(128, 256, 64, 8, 8, 4 if tma else 3, tma, persistent, early=not persistent)

@@ -24,6 +24,7 @@ from moe_inductor.unit import Unit
 
 from .common import expert_address, load_bias, load_biases
 from .configs import GemvConfig
+from .early import begin, next_may_begin
 from .launch import launch
 from .unit import evaluate
 from .weights import Projection, layout_of
@@ -63,7 +64,9 @@ def _decode_gate_up(
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     slot = tl.program_id(1)
     expert = tl.load(topk_ids_ptr + slot)
     valid = (expert >= 0) & (expert < E)
@@ -103,6 +106,7 @@ def _decode_gate_up(
         gate_ptrs += BLOCK_K * stride_in
         up_ptrs += BLOCK_K * up_stride_in
         x_ptrs += BLOCK_K
+    next_may_begin(EARLY)
     gate_row, up_row = tl.sum(gate, 1), tl.sum(up, 1)
     if topk_weights_ptr is not None:
         scale = tl.load(topk_weights_ptr + slot).to(tl.float32)
@@ -147,10 +151,12 @@ def _decode_down(
     EVEN_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     SLOTS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One token.  Its experts are one dimension of the tile, so that all their loads are in flight together."""
     token = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    begin(EARLY)
     ks = tl.arange(0, BLOCK_K)
     offsets = columns.to(tl.int64)[:, None] * stride_out + ks[None, :] * stride_in
     acc = tl.zeros((SLOTS, BLOCK_N, BLOCK_K), tl.float32)

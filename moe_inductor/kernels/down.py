@@ -24,6 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .align import Alignment
 from .common import expert_address, load_bias, tile_order
 from .configs import GemmConfig
+from .early import begin, next_may_begin
 from .launch import allow_device_descriptors, launch
 from .weights import Projection
 
@@ -149,7 +150,10 @@ def _down(
     NUM_STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     PERSISTENT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
+    next_may_begin(EARLY)
     num_m = tl.load(num_tokens_post_padded_ptr) // BLOCK_M
     num_n = tl.cdiv(H, BLOCK_N)
     # Without PERSISTENT there is one program per possible tile, and the loop runs once or not at all.
@@ -248,6 +252,7 @@ def down(
         NUM_STAGES=config.num_stages,
         PRECISION=config.precision,
         PERSISTENT=config.persistent,
+        early=config.early,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

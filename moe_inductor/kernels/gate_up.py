@@ -32,6 +32,7 @@ from moe_inductor.unit import Unit
 from .align import Alignment
 from .common import expert_address, load_biases, tile_order
 from .configs import GemmConfig
+from .early import begin, next_may_begin
 from .launch import allow_device_descriptors, launch
 from .unit import evaluate
 from .weights import Projection, layout_of
@@ -322,7 +323,10 @@ def _gate_up(
     NUM_STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     PERSISTENT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
+    next_may_begin(EARLY)
     num_m = tl.load(num_tokens_post_padded_ptr) // BLOCK_M
     num_n = tl.cdiv(I, BLOCK_N)
     # Without PERSISTENT there is one program per possible tile, and the loop runs once or not at all.
@@ -442,6 +446,7 @@ def gate_up(
         NUM_STAGES=config.num_stages,
         PRECISION=config.precision,
         PERSISTENT=config.persistent,
+        early=config.early,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -24,6 +24,8 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .early import starts_early
+
 ALIGNMENT = 16  # what Triton specialises addresses on
 SCRATCH_ALIGNMENT = 256
 
@@ -62,8 +64,23 @@ class _Recording(threading.local):
 _RECORDING = _Recording()
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-    """Launch a Triton kernel through its JIT, and write it down if somebody records."""
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    early: bool = True,
+    first: bool = False,
+    **meta: Any,
+) -> None:
+    """Launch a Triton kernel through its JIT, and write it down if somebody records.
+
+    early: start before the kernel before has ended, where the GPU can, and let the next one do so (``early.py``).
+    first: it only lets the next one do so.
+    """
+    if "EARLY" in kernel.arg_names:
+        meta["EARLY"] = early and starts_early(args[0])
+        if meta["EARLY"] and not first:
+            meta["launch_pdl"] = True
     compiled = kernel[grid](*args, **meta)
     if _RECORDING.steps is not None:
         _RECORDING.steps.append(_Step(compiled, kernel, grid, args, meta))

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .early import begin, next_may_begin
 from .launch import launch
 
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -106,7 +107,10 @@ def _route(
     CHOICE_DTYPE: tl.constexpr,
     PADDED_G: tl.constexpr,
     PADDED_S: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
+    next_may_begin(EARLY)
     # Every group has PADDED_S lanes; without groups all experts are one group and a lane is an expert.
     LANES: tl.constexpr = PADDED_G * PADDED_S
     token = tl.program_id(0).to(tl.int64)
@@ -251,5 +255,6 @@ def topk_routing(
         PADDED_G=triton.next_power_of_2(groups),
         PADDED_S=triton.next_power_of_2(E // groups),
         num_warps=1 if E <= 512 else 4,
+        first=True,
     )
     return topk_weights, topk_ids

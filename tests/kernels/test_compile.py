@@ -3,6 +3,8 @@
 The launches are recorded on meta tensors, so the shapes can be those of real models.
 """
 
+import re
+
 import pytest
 import torch
 
@@ -171,6 +173,26 @@ def test_other_gpus(target, capability, shared_kb, T, record):
         assert compiled.metadata.shared <= shared_kb * 1024
 
 
+@pytest.mark.parametrize("T", [1, 64, 512, 4096])
+@pytest.mark.parametrize("layout", ["stacked", "per expert"])
+def test_early_kernels_touch_no_memory_before_they_have_waited(T, layout, record):
+    """What a kernel reads may be written by the one before, what it writes may be read by that one (early.py)."""
+    memory = re.compile(
+        r"\b(ld\.global|st\.global|cp\.async|cp\.reduce|atom|red\.|prefetch|tensormap)"
+    )
+    launches = record((9, 0), T, **QWEN3, layout=layout)
+    early = [launch for launch in launches if launch.meta["EARLY"]]
+    assert len(early) >= 3
+    for launch in early:
+        lines = launch.compile(GPUTarget("cuda", 90, 32)).asm["ptx"].splitlines()
+        (waits,) = [i for i, line in enumerate(lines) if "griddepcontrol.wait" in line]
+        touched = [i for i, line in enumerate(lines) if memory.search(line)]
+        assert touched, launch.kernel
+        assert waits < min(touched), (launch.kernel, lines[min(touched)])
+        lets = [i for i, line in enumerate(lines) if "griddepcontrol.launch_dependents" in line]
+        assert all(waits < i for i in lets)
+
+
 # E, k and groups as released.
 RELEASED = {
     "deepseek_v3": (256, 8, {"groups": 8, "kept_groups": 4}),
@@ -194,7 +216,7 @@ def test_routers(name, target):
     with torch.device("meta"):
         logits, bias = torch.empty(64, E, dtype=torch.bfloat16), torch.empty(E)
     args, facts = call(logits, bias, ROUTERS[name] | sizes, k)
-    with recording((9, 0)) as launches:
+    with recording(divmod(target.arch, 10)) as launches:
         cuda.topk_routing(*args, **facts, score_dtype=torch.bfloat16)
     (launch,) = launches
     compiled = compile_for(target, *launch)

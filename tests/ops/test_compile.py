@@ -235,3 +235,26 @@ def test_routing_on_cpu_is_compiled_with_what_surrounds_it(monkeypatch):
         out, (code, *_) = run_and_get_code(compiled, data.hidden_states, data.router_logits)
     assert "= torch.ops.moe_inductor.topk_routing" not in code
     torch.testing.assert_close(out, block(data.hidden_states, data.router_logits))
+
+
+def test_routing_is_called_where_it_is_not_decomposed(monkeypatch):
+    """As on CUDA; here the CPU is the device that it is not decomposed on."""
+    from torch._inductor import lowering
+
+    from moe_inductor import _compat
+    from moe_inductor.ops import cpu
+
+    op = OPS.topk_routing.default
+    allowed = type(lowering.FALLBACK_ALLOW_LIST)(lowering.FALLBACK_ALLOW_LIST)
+    allowed.discard(op.name())
+    monkeypatch.setattr(lowering, "FALLBACK_ALLOW_LIST", allowed)
+    monkeypatch.setattr("torch._inductor.graph.FALLBACK_ALLOW_LIST", allowed)
+    monkeypatch.delitem(lowering.lowerings, op, raising=False)  # of an earlier compile
+    data = unit_scale_inputs(6, 4, 2, 16, 8)
+    block = Block(storages(data)["stacked"])
+    _compat.decompose(op, cpu.topk_routing, "cuda")
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+        compiled = torch.compile(block, dynamic=False)
+        out, (code, *_) = run_and_get_code(compiled, data.hidden_states, data.router_logits)
+    assert "moe_inductor.topk_routing" in code
+    torch.testing.assert_close(out, block(data.hidden_states, data.router_logits))

@@ -1,0 +1,45 @@
+"""One small call per regime, weight storage and alignment: what ``test_sanitizer.py`` runs under compute-sanitizer.
+
+With ``PYTORCH_NO_CUDA_MEMORY_CACHING=1`` each tensor is an allocation of its own, so that a byte too far is seen.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from moe_inductor.ops import cuda
+from tests.oracle import assert_within_fp64_rule as check
+from tests.oracle import reference_experts, reference_experts_fp64, storages, unit_scale_inputs
+
+E, K = 4, 2
+# Decode, then rows per expert of 4, 12, 32, 80, 128, 256, then more slots than one launch aligns.
+TOKENS = (1, 8, 24, 64, 160, 256, 512, 1100)
+SIZES = ((72, 40), (70, 36))  # the first can be read by TMA; neither is a multiple of a tile
+
+
+def run(tokens: int, hidden: int, intermediate: int, storage: str) -> None:
+    data = unit_scale_inputs(
+        tokens, E, K, hidden, intermediate, dtype=torch.bfloat16, device="cuda"
+    )
+    weights = storages(data)[storage]
+    topk_weights, topk_ids = cuda.topk_routing(data.router_logits, K, True, torch.bfloat16)
+    x = data.hidden_states
+    out = cuda.fused_experts(x, topk_ids, topk_weights, *weights, "silu", torch.bfloat16)
+    stacked = (data.gate_up_proj, [], data.down_proj)
+    eager = reference_experts(x, topk_ids, topk_weights, *stacked)
+    check(out, eager, reference_experts_fp64(x, topk_ids, topk_weights, *stacked))
+
+
+def main() -> None:
+    for hidden, intermediate in SIZES:
+        for storage in ("stacked", "per expert, own memory"):
+            for tokens in [int(t) for t in sys.argv[1:]] or TOKENS:
+                run(tokens, hidden, intermediate, storage)
+    torch.cuda.synchronize()
+    print("all right")
+
+
+if __name__ == "__main__":
+    main()
