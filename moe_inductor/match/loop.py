@@ -81,6 +81,11 @@ def group_iterations(
             raise Refusal(Code.INPUTS_DIFFER, "", location(it.output))
     traced = _expert_ids(chain)
     last = location(chain[-1].output)
+    is_rolled = isinstance(traced[0], fx.Node)
+    if folded is not None and not is_rolled:
+        folded = folded.of(traced)
+        if folded.traced != traced:
+            raise Refusal(Code.SPELLING, "", location(first.output))
     visited = folded.ids if folded is not None else traced
     experts = [(e, it, it.mlp) for e, it in zip(traced, chain, strict=True) if it.mlp is not None]
     if len(set(visited)) < len(visited):
@@ -96,9 +101,6 @@ def group_iterations(
                 f"one expert computes {unit.activation}, another {mlp.unit.activation}",
                 location(it.output),
             )
-    is_rolled = isinstance(traced[0], fx.Node)
-    if folded is not None and not is_rolled and folded.ids[: len(traced)] != traced:
-        raise Refusal(Code.SPELLING, "", location(chain[0].output))
     by_id = {e: it for e, it, _ in experts}
     gate_up, *up = [
         _weight(by_id, [mlp.unit.projections[i] for *_, mlp in experts], folded)
@@ -106,12 +108,13 @@ def group_iterations(
     ]
     down = _weight(by_id, [mlp.second for *_, mlp in experts], folded)
     num_experts = value(down.nodes[0]).shape[0] if down.is_stacked else len(down.nodes)
-    identities = len(chain) - len(experts)
+    computing = set(folded.of(by_id).ids) if folded is not None and not is_rolled else set(by_id)
+    identities = len(visited) - len(computing) if len(chain) > len(experts) else 0
     if identities:  # a stack may have rows for these as well
-        num_experts = len(experts)
+        num_experts = len(computing)
     if is_rolled:  # how many it stands for is an assumption, and proved as such
         visited = tuple(range(num_experts))
-    known = set(visited) if not identities else set(by_id)
+    known = set(visited) if not identities else computing
     missing = sorted(set(range(num_experts)) - known)
     if missing or sorted(visited) != list(range(len(visited))):
         raise Refusal(Code.EXPERT_MISSING, f"experts {missing[:4]} are never visited", last)
@@ -235,8 +238,9 @@ def _tensors(
         raise Refusal(Code.EXPERT_SHAPES, "", where)
     by_id = dict(zip(experts, sources, strict=True))
     if folded is not None:
-        every = folded.weights.get(sources[0])
-        if every is None:
-            raise Refusal(Code.LAYOUT, "", location(sources[0]))
-        by_id = dict(zip(folded.ids, every, strict=True))
+        by_id = {}
+        for source in sources:
+            if source not in folded.weights:
+                raise Refusal(Code.LAYOUT, "", location(source))
+            by_id |= folded.weights[source]
     return tuple(by_id[e] for e in sorted(by_id)), False

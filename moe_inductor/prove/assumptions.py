@@ -247,11 +247,7 @@ def _asks_whether_chosen(
             return  # it decides about nothing
         if e is not None and (
             # The test of a pass that is folded was compared with those that are not.
-            (
-                asked is None
-                and effects[0] in steps[len(bound.traced) :]
-                and canonical.folded is not None
-            )
+            (asked is None and canonical.folded is not None and e not in bound.traced)
             or _is_known_test(canonical, asked, e, test.truth, bound, spellings)
         ):
             return

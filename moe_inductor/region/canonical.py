@@ -29,7 +29,7 @@ from moe_inductor._compat import (
 )
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.find import Region
-from moe_inductor.region.fold import Fold
+from moe_inductor.region.fold import KEPT, Fold
 from moe_inductor.region.nodes import (
     is_floating,
     location,
@@ -48,10 +48,24 @@ _ADDS = frozenset({"index_add_", "scatter_add_", "index_put_", "setitem"})
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Folded:
-    """ids: the expert of every pass, in order.  weights: for an input that a traced pass reads, that of every pass."""
+    """See ``Fold``, in terms of the normal form."""
 
-    ids: tuple[int, ...]
-    weights: dict[fx.Node, tuple[fx.Node, ...]]
+    runs: tuple[tuple[int, ...], ...]
+    weights: dict[fx.Node, dict[int, fx.Node]]
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        return tuple(e for run in self.runs for e in run)
+
+    @property
+    def traced(self) -> tuple[int, ...]:
+        return tuple(e for run in self.runs for e in run[:KEPT])
+
+    def of(self, traced: Iterable[int]) -> Folded:
+        """The runs that these passes are of."""
+        wanted = set(traced)
+        runs = tuple(run for run in self.runs if wanted.intersection(run[:KEPT]))
+        return Folded(runs, self.weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +170,11 @@ def canonicalise(gm: fx.GraphModule, region: Region, folds: Fold | None = None) 
     module = fx.GraphModule(traced, graph)
     folded = None
     if folds is not None:
-        of_pass = {inputs[w]: tuple(inputs[n] for n in ws) for w, ws in folds.weights.items()}
-        folded = Folded(folds.ids, of_pass)
+        of_pass = {
+            inputs[w]: {e: inputs[n] for e, n in by_id.items()}
+            for w, by_id in folds.weights.items()
+        }
+        folded = Folded(folds.runs, of_pass)
     return Canonical(
         region,
         module,

@@ -5,6 +5,9 @@ tensors.  Every other pass must be the same code with *its* number and *its* ten
 matcher and the proof find out about the two kept passes then holds for all: a constant of the reference that depends on
 the expert differs between the two, so it stands in a hole, and one that does not stands outside of all holes.
 
+Where the code changes in the middle of the loop, as it does for the experts of LongCat-Flash that give their input as
+it is, each run of passes that are the same code is folded by itself.
+
 Compared are Dynamo nodes, argument by argument, which takes milliseconds where tracing takes seconds.
 """
 
@@ -13,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +30,7 @@ from moe_inductor.region.nodes import mutated, name_of, node_arg, value
 _STEPS = frozenset({"index_add_", "index_add", "setitem", "index_put_", "index_put"})
 # With fewer passes there is nothing to gain.
 _FEWEST = 4
-_KEPT = 2
+KEPT = 2  # of a run
 
 _SUM, _OWN, _NODE, _CONSTANT = range(4)
 Token = tuple[int, Any]
@@ -35,14 +38,15 @@ Token = tuple[int, Any]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Fold:
-    """nodes: the members to trace.  ids: the expert of each pass, in order of the passes.
-    weights: for a tensor that a kept pass reads, that of every pass, in the order of ``ids``.
+    """nodes: the members to trace.
+    runs: the expert of each pass, in order of the passes, and by the code of the pass; the first two of a run are kept.
+    weights: for a tensor that a kept pass reads, those in its place in the passes of the run, by expert.
     last: the sum after the last pass, and after the last kept one, where these are values of their own.
     """
 
     nodes: list[fx.Node]
-    ids: tuple[int, ...]
-    weights: dict[fx.Node, tuple[fx.Node, ...]]
+    runs: tuple[tuple[int, ...], ...]
+    weights: dict[fx.Node, dict[int, fx.Node]]
     last: tuple[fx.Node, fx.Node] | None
 
 
@@ -62,19 +66,30 @@ def fold(region: Region, guards: Mapping[fx.Node, Sequence[fx.Node]]) -> Fold | 
         list(_tokens(one, step, guards.get(step, ())))
         for one, step in zip(passes, steps, strict=True)
     ]
-    holes = _Holes(len(steps))
-    if len({len(t) for t in templates}) > 1 or not all(
-        map(holes.fit, zip(*templates, strict=True))
-    ):
+    runs: list[tuple[int, ...]] = []
+    weights: dict[fx.Node, dict[int, fx.Node]] = {}
+    dropped: set[fx.Node] = set()
+    start = 0
+    for _, alike in itertools.groupby(templates, _code):
+        run = list(alike)
+        holes = _Holes()
+        if not all(map(holes.fit, zip(*run, strict=True))) or holes.ids is None:
+            return None
+        if weights.keys() & holes.weights.keys():
+            return None  # in the place of what, depends on the run
+        runs.append(holes.ids)
+        for node, places in holes.weights.items():
+            weights[node] = dict(zip(holes.ids, places, strict=True))
+        dropped.update(n for one in passes[start + KEPT : start + len(run)] for n in one)
+        start += len(run)
+    chained = steps[1].args[0] is steps[0]
+    if chained and len(runs) > 1:
         return None
-    if holes.ids is None:
-        return None
-    nodes = _without(region, {n for one in passes[_KEPT:] for n in one}, steps)
+    nodes = _without(region, dropped, steps)
     if nodes is None:
         return None
-    chained = steps[1].args[0] is steps[0]
-    last = (steps[-1], steps[_KEPT - 1]) if chained else None
-    return Fold(nodes, holes.ids, holes.weights, last)
+    last = (steps[-1], steps[KEPT - 1]) if chained else None
+    return Fold(nodes, tuple(runs), weights, last)
 
 
 def fold_rolled(
@@ -94,7 +109,8 @@ def fold_rolled(
             again.add(node)
         else:
             nodes.append(node)
-    return Fold(nodes, tuple(range(len(experts))), {c[0]: c for c in columns}, last=None)
+    weights = {column[0]: dict(enumerate(column)) for column in columns}
+    return Fold(nodes, (tuple(range(len(experts))),), weights, last=None)
 
 
 def sum_steps(region: Region) -> list[fx.Node]:
@@ -167,14 +183,21 @@ def _tokens(nodes: list[fx.Node], step: fx.Node, guards: Sequence[fx.Node]) -> I
     yield from flat(guards)
 
 
+def _code(tokens: Iterable[Token]) -> list[Any]:
+    """A pass without what may differ between passes of the same code."""
+    return [
+        (kind, item if kind == _CONSTANT and type(item) is not int else type(item))
+        for kind, item in tokens
+    ]
+
+
 class _Holes:
     """The places where passes differ, and what fills them.
 
     ids: the number of each pass, as the first hole that holds numbers has it.
     """
 
-    def __init__(self, passes: int) -> None:
-        self.passes = passes
+    def __init__(self) -> None:
         self.ids: tuple[int, ...] | None = None
         self.weights: dict[fx.Node, tuple[fx.Node, ...]] = {}
 
@@ -204,7 +227,7 @@ class _Holes:
             return False
         if not all(n.op in ("placeholder", "get_attr") and _alike(n, first) for n in items):
             return False
-        known = [self.weights.setdefault(n, items) for n in items[:_KEPT]]
+        known = [self.weights.setdefault(n, items) for n in items[:KEPT]]
         return all(k == items for k in known)
 
 

@@ -17,6 +17,7 @@ from tests.oracle import assert_within_fp64_rule
 from tests.without_inductor import WithoutInductor
 
 E, K, H, I, T = 6, 2, 32, 48, 9
+IDENTITIES = 5
 
 
 class Mlp(nn.Module):
@@ -32,9 +33,11 @@ class Mlp(nn.Module):
 class Loop(nn.Module):
     """One method per thing that can go wrong in a late pass."""
 
+    classes = E
+
     def __init__(self) -> None:
         super().__init__()
-        self.gate = nn.Linear(H, E, bias=False)
+        self.gate = nn.Linear(H, self.classes, bias=False)
         self.mlps = nn.ModuleList(Mlp() for _ in range(E))
         self.w13 = nn.Parameter(torch.randn(E, 2 * I, H) * H**-0.5)
         self.w2 = nn.Parameter(torch.randn(E, H, I) * I**-0.5)
@@ -56,8 +59,8 @@ class Loop(nn.Module):
 
     def forward(self, x: torch.Tensor) -> Any:
         weights, ids = torch.topk(F.softmax(self.gate(x), dim=-1), K, dim=-1)
-        out, mask = torch.zeros_like(x), F.one_hot(ids, E).permute(2, 1, 0)
-        for e in range(E):
+        out, mask = torch.zeros_like(x), F.one_hot(ids, self.classes).permute(2, 1, 0)
+        for e in range(self.classes):
             slot, token = torch.where(self.mask(mask, e))
             y = self.weighted(e, self.expert(e, x[token]), weights[token, slot, None])
             out = self.add(e, out, token, y)
@@ -89,6 +92,47 @@ class Tied(Loop):
         super().__init__()
         for e in range(3, E):
             self.mlps[e].w2.weight = self.mlps[e - 1].w2.weight
+
+
+class ThenIdentities(Loop):
+    """longcat_flash: the experts, and then some that give their input as it is."""
+
+    classes = E + IDENTITIES
+
+    def expert(self, e, rows):
+        return super().expert(e, rows) if e < E else rows
+
+    def add(self, e, out, token, y):
+        out.index_add_(0, token, y)
+        return out
+
+
+class StackedThenIdentities(ThenIdentities, Stacked):
+    pass
+
+
+class HalfOfThemScaled(Loop):
+    def weighted(self, e, y, weights):
+        return y * weights * (0.5 if e >= E // 2 else 1.0)
+
+
+class HalfOfThemGelu(Loop):
+    def expert(self, e, rows):
+        mlp = self.mlps[e]
+        act = F.gelu if e >= E // 2 else F.silu
+        return mlp.w2(act(mlp.w1(rows)) * mlp.w3(rows))
+
+
+class OneIdentityScaled(ThenIdentities):
+    def expert(self, e, rows):
+        return super().expert(e, rows) * (2.0 if e == self.classes - 1 else 1.0)
+
+
+class LateIdentitiesOfOthers(ThenIdentities):
+    """The last ones give what belongs to the one before."""
+
+    def mask(self, mask, e):
+        return mask[e - 1] if e > E + 1 else mask[e]
 
 
 class OneOtherActivation(Loop):
@@ -222,12 +266,27 @@ def test_two_passes_stand_for_all(loop, monkeypatch):
     torch.manual_seed(0)
     block, (fold,) = compile_and_compare(loop(), monkeypatch)
     assert fold is not None
-    assert fold.ids == tuple(range(E))
+    assert fold.runs == (tuple(range(E)),)
     assert block.fused, block.why_not()
     assert block.moe.experts.num_experts == E
 
 
+@pytest.mark.parametrize("loop", [ThenIdentities, StackedThenIdentities])
+def test_each_run_of_passes_is_folded_by_itself(loop, monkeypatch):
+    torch.manual_seed(0)
+    block, (fold,) = compile_and_compare(loop(), monkeypatch)
+    assert fold is not None
+    assert fold.runs == (tuple(range(E)), tuple(range(E, E + IDENTITIES)))
+    assert len(fold.nodes) < block.nodes_before / 2
+    assert block.fused, block.why_not()
+    assert (block.moe.experts.num_experts, block.moe.experts.identities) == (E, IDENTITIES)
+
+
 MISSES = [
+    HalfOfThemScaled,
+    HalfOfThemGelu,
+    OneIdentityScaled,
+    LateIdentitiesOfOthers,
     OneOtherActivation,
     OneScaled,
     AllScaledByNumber,
