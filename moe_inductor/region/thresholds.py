@@ -31,7 +31,7 @@ _PICKS = frozenset(
         "expand_as",
     }
 )
-_TURNS = frozenset({"t", "T", "mT", "transpose", "permute", "movedim", "swapaxes"})
+_TURNS = frozenset({"t", "T", "mT", "numpy_T", "transpose", "permute", "movedim", "swapaxes"})
 _SAME = frozenset({"contiguous", "clone", "float", "to", "type", "softmax", "sigmoid"})
 _PRODUCTS = frozenset({"bmm", "matmul", "__matmul__", "einsum", "baddbmm"})
 _GATHERS = frozenset({"getitem", "index_select", "gather", "embedding"})
