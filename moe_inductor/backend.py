@@ -230,7 +230,8 @@ class MoEInductor:
 def _unproved(report: CompileReport, assumption: Assumption) -> Reason:
     """Why a speculated loop next to fused ones was in vain."""
     reasons = [block.reason for block in report.refused if block.reason is not None]
-    default = Reason(Code.ASSUMPTION, "", os.path.basename(assumption.location))
+    why = "the loop makes something that is not part of a fused block"
+    default = Reason(Code.ASSUMPTION, why, os.path.basename(assumption.location))
     return next(iter(reasons), default)
 
 

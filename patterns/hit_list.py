@@ -398,7 +398,7 @@ HIT_LIST = HitListSpelling(
     near_misses=(
         NearMiss(name="more_than_one", build=MoreThanOne, code="ASSUMPTION"),
         NearMiss(name="softmax_of_rows", build=RowsSummedAsBatch, code="SPELLING"),
-        NearMiss(name="row_of_other_stack", build=NextRowAsIndex, code="SPELLING"),
+        NearMiss(name="row_of_other_stack", build=NextRowAsIndex, code="ASSUMPTION"),
         NearMiss(name="rows_reversed", build=RowOfOthers, code="SPELLING"),
         NearMiss(name="first_choices", build=FirstChoices, code="ASSUMPTION"),
         NearMiss(name="other_choices", build=OtherChoices, code="ASSUMPTION"),
