@@ -318,12 +318,7 @@ def _cast(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 
 def cast(out: Emitter, base: fx.Node, made: torch.Tensor, origin: str | None) -> fx.Node:
     """cast(x, dtype of x) = x;  cast(cast(b, a), c) = cast(b, c) for a boolean b
-    cast(view(x)) = view(cast(x)) for a floating-point x;  cast(full(0), c) = full(0, dtype c), and so for 1"""
-    floating = value(base).is_floating_point() and made.is_floating_point()
-    if base.target is aten.view.default and floating and base not in out.batches:
-        inner = node_arg(base, 0)
-        whole = cast(out, inner, value(inner).to(made.device, made.dtype), origin)
-        return out.view(whole, made, origin)
+    cast(full(0), c) = full(0, dtype c), and so for 1"""
     if base.target is aten._to_copy.default and value(node_arg(base, 0)).dtype == torch.bool:
         base = node_arg(base, 0)
     source = value(base)
