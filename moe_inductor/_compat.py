@@ -3,6 +3,8 @@ name gets a branch here and nowhere else.  Kept by tests/test_layout.py."""
 
 from __future__ import annotations
 
+import os
+
 import sympy
 import torch
 
@@ -54,9 +56,8 @@ from torch._dynamo.variables.tensor import (
 )
 from torch._guards import Source, TracingContext
 
-TORCH_FOLDER = torch.__path__[
-    0
-]  # which the files that Dynamo traces in the place of builtins are in
+# What a path of torch's own files begins with, and that of no torchvision: Dynamo traces some as Python.
+TORCH_FOLDER = os.path.join(torch.__path__[0], "")
 
 # The only restart that Dynamo lets a backend raise; on a torch without it capture/scope.py does not install.
 try:

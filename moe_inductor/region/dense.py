@@ -14,11 +14,17 @@ from typing import Any
 import sympy
 from torch import fx
 
-from moe_inductor.region.nodes import is_floating, is_tensor, name_of, tensors, value
+from moe_inductor.region.nodes import (
+    BATCHED_PRODUCTS,
+    is_floating,
+    is_tensor,
+    name_of,
+    tensors,
+    value,
+)
 
-_BATCHED = frozenset({"bmm", "matmul", "__matmul__", "einsum", "baddbmm"})
-_GEMMS = _BATCHED | {"linear", "mm", "addmm"}
-_MEETING = _BATCHED | {"mul", "mul_", "__mul__", "imul", "multiply"}
+_GEMMS = BATCHED_PRODUCTS | {"linear", "mm", "addmm"}
+_MEETING = BATCHED_PRODUCTS | {"mul", "mul_", "__mul__", "imul", "multiply"}
 # Between two products of an MLP there is a handful of nodes, and that for each expert.
 _LIMIT = 64
 
@@ -55,7 +61,7 @@ def _from(graph: fx.Graph, root: fx.Node) -> Dense | None:
     for node in graph.nodes:
         if name_of(node) not in _MEETING or node in routed or not is_tensor(node):
             continue
-        if name_of(node) in _BATCHED and _stacks(node, classes):
+        if name_of(node) in BATCHED_PRODUCTS and _stacks(node, classes):
             behind = _behind(node, routed)
             if behind.reaches or any(product in stacked for product in behind.products):
                 stacked.append(node)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -11,11 +10,18 @@ from typing import Any
 import torch
 from torch import fx
 
-from moe_inductor._compat import OpOverload, OpOverloadPacket, free_unbacked_symbols, size_expr
+from moe_inductor._compat import (
+    TORCH_FOLDER,
+    OpOverload,
+    OpOverloadPacket,
+    free_unbacked_symbols,
+    size_expr,
+)
 
 # Dynamo keeps the fake value of a node under "example_value", ATen graphs keep it under "val".
 _VALUE_KEYS = ("example_value", "val")
 
+BATCHED_PRODUCTS = frozenset({"bmm", "matmul", "__matmul__", "einsum", "baddbmm"})
 _INPLACE_OPERATORS = frozenset(
     {
         "setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul",
@@ -133,7 +139,6 @@ def mutated(node: fx.Node) -> list[fx.Node]:
 
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
-_TORCH = os.path.join(os.path.dirname(inspect.getfile(torch)), "")
 
 
 def location(node: fx.Node) -> str:
@@ -144,5 +149,7 @@ def location(node: fx.Node) -> str:
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     if not frames:
         return ""
-    file, line = next((f for f in reversed(frames) if not f[0].startswith(_TORCH)), frames[-1])
+    file, line = next(
+        (f for f in reversed(frames) if not f[0].startswith(TORCH_FOLDER)), frames[-1]
+    )
     return f"{os.path.basename(file)}:{line}"

@@ -12,10 +12,9 @@ from __future__ import annotations
 from torch import fx
 
 from moe_inductor.region.find import stacked_products, viewed
-from moe_inductor.region.nodes import name_of
+from moe_inductor.region.nodes import BATCHED_PRODUCTS, name_of
 
-_BATCHED = frozenset({"bmm", "matmul", "__matmul__", "einsum", "baddbmm"})
-_PRODUCTS = _BATCHED | {"linear", "mm", "addmm"}
+_PRODUCTS = BATCHED_PRODUCTS | {"linear", "mm", "addmm"}
 _CHOICES = frozenset({"topk", "argmax", "one_hot"})
 
 
@@ -23,7 +22,7 @@ def sent_to_slots(graph: fx.Graph) -> fx.Node | None:
     """The product of masks and tokens that gives experts their rows, if there is one.  Changes nothing."""
     for node in stacked_products(graph):
         for rows in map(viewed, node.all_input_nodes):
-            is_batched = rows.op.startswith("call") and name_of(rows) in _BATCHED
+            is_batched = rows.op.startswith("call") and name_of(rows) in BATCHED_PRODUCTS
             if is_batched and any(map(_is_of_choice, rows.all_input_nodes)):
                 return rows
     return None

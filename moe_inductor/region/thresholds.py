@@ -13,7 +13,14 @@ from torch import fx
 
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.find import viewed
-from moe_inductor.region.nodes import is_integral, is_tensor, location, name_of, value
+from moe_inductor.region.nodes import (
+    BATCHED_PRODUCTS,
+    is_integral,
+    is_tensor,
+    location,
+    name_of,
+    value,
+)
 
 _COMPARISONS = frozenset({"lt", "le", "gt", "ge", "less", "greater", "less_equal", "greater_equal"})
 # From the k largest scores to the smallest of them.
@@ -33,7 +40,6 @@ _PICKS = frozenset(
 )
 _TURNS = frozenset({"t", "T", "mT", "numpy_T", "transpose", "permute", "movedim", "swapaxes"})
 _SAME = frozenset({"contiguous", "clone", "float", "to", "type", "softmax", "sigmoid"})
-_PRODUCTS = frozenset({"bmm", "matmul", "__matmul__", "einsum", "baddbmm"})
 _GATHERS = frozenset({"getitem", "index_select", "gather", "embedding"})
 
 
@@ -78,7 +84,7 @@ def chosen_by_experts(graph: fx.Graph, roots: Collection[fx.Node] = ()) -> Refus
 
 def _stacks(node: fx.Node, experts: int | None) -> bool:
     """A product with the matrices of all experts."""
-    return name_of(node) in _PRODUCTS and any(
+    return name_of(node) in BATCHED_PRODUCTS and any(
         is_tensor(a)
         and value(a).dim() == 3
         and viewed(a).op in ("placeholder", "get_attr")

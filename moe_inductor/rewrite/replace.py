@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -203,16 +203,7 @@ class Rewriter:
         """
         writes = {w for s in storages(tensor) for w in self.writes.get(s, ())}
         before = {w for w in writes if self.order[w] <= self.order[tensor]}
-        members = set(self.canonical.region.nodes)
-        todo = [n for n in (tensor, *before) if n in members]
-        while todo:
-            node = todo.pop()
-            if node in keep:
-                continue
-            keep.add(node)
-            todo += [a for a in node.all_input_nodes if a in members]
-            others = storages(node) - storages(tensor)
-            todo += [w for s in others for w in self.writes.get(s, ())]
+        self._keep_operands(keep, (tensor, *before), unwritten=storages(tensor))
         for node in sorted(writes - before, key=self.order.__getitem__):
             if node in keep:
                 words = "what the experts are added to is read before all of them are"
@@ -255,8 +246,13 @@ class Rewriter:
                 if reader is not new and replaced(reader, holder):
                     reader.replace_input_with(holder, new)
 
-    def _keep_operands(self, keep: set[fx.Node], operands: Any) -> None:
-        """The new call reads members too: they, and what they were made of, stay."""
+    def _keep_operands(
+        self, keep: set[fx.Node], operands: Any, unwritten: Collection[int] = ()
+    ) -> None:
+        """The new call reads members too: they, and what they were made of and written with, stay.
+
+        unwritten: storages of which only the writes among the ``operands`` are wanted.
+        """
         members = set(self.canonical.region.nodes)
         todo = [n for n in operands if n in members]
         while todo:
@@ -265,7 +261,8 @@ class Rewriter:
                 continue
             keep.add(node)
             todo += [a for a in node.all_input_nodes if a in members]
-            todo += [w for s in storages(node) for w in self.writes.get(s, ())]
+            written = storages(node).difference(unwritten)
+            todo += [w for s in written for w in self.writes.get(s, ())]
 
     def _no_escape(self, bound: Bound, keep: set[fx.Node], outputs: list[fx.Node]) -> None:
         """Nothing that an expert computes may be read outside: it would have to be computed twice."""

@@ -5,24 +5,13 @@ The backend believes everything, so only the purity checks stand between a wrong
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from moe_inductor.capture import scope
 from tests.capture.models import E
 from tests.capture.test_purity import compile_and_compare
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    scope.take_decline_reasons()
-    yield
-    torch._dynamo.reset()
 
 
 # --- seen by Python -----------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ As in test_purity.py the backend believes every assumption; one token, so that m
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,20 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moe_inductor.capture import scope
 from moe_inductor.capture.assumptions import Kept, Length, NonEmpty, Tested, Visited
 from tests.capture.fake_backend import installed
 from tests.capture.models import Block, E, Expert, H, K
 from tests.capture.test_purity import Believer, compile_and_compare
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    scope.take_decline_reasons()
-    yield
-    torch._dynamo.reset()
 
 
 # --- tests of tensors without dimensions (D) ----------------------------------------------------------------------

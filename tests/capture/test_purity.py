@@ -7,7 +7,7 @@ between a wrong speculation and a wrong result.  Every loop has to give what it 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -60,15 +60,6 @@ class Loop(Block):
         weights, mask = self.route(x)
         hit = torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero()
         return self.body(self, x, weights, mask, torch.zeros_like(x), hit)
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    scope.take_decline_reasons()
-    yield
-    torch._dynamo.reset()
 
 
 def compile_and_compare(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,15 +15,6 @@ from tests.capture import test_adversarial, test_constructs, test_purity
 from tests.capture.fake_backend import installed
 from tests.capture.models import Block, E, H
 from tests.capture.test_purity import Believer, compile_and_compare
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    scope.take_decline_reasons()
-    yield
-    torch._dynamo.reset()
 
 
 class Executor(fx.Interpreter):

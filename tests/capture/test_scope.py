@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
+import os
 import threading
+import traceback
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -24,14 +26,10 @@ LOOPS = [models.RangeModuleList, models.RangeStacked]
 
 
 @pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    scope.take_decline_reasons()
+def _same_config() -> Iterator[None]:
     before = torch._dynamo.config.get_config_copy()
     yield
     assert torch._dynamo.config.get_config_copy() == before
-    torch._dynamo.reset()
 
 
 def tokens(count: int = 6) -> torch.Tensor:
@@ -404,3 +402,17 @@ def test_eight_threads_two_backends() -> None:
     assert [len(b.graphs) for b in ours] == [1] * 4
     assert [len(b.graphs) for b in stock] == [len(expected)] * 4
     assert not any(flag for b in stock for flag in b.active)
+
+
+def test_only_torch_itself_is_left_out_of_locations():
+    """Its neighbours' names begin with its own (torchtitan, torchvision)."""
+    neighbour = os.path.join(
+        os.path.dirname(_compat.TORCH_FOLDER.rstrip(os.sep)), "torchtitan", "moe.py"
+    )
+    own = os.path.join(_compat.TORCH_FOLDER, "_dynamo", "polyfills", "__init__.py")
+    stack = [
+        traceback.FrameSummary("main.py", 1, "main", lookup_line=False),
+        traceback.FrameSummary(neighbour, 2, "forward", lookup_line=False),
+        traceback.FrameSummary(own, 3, "enumerate", lookup_line=False),
+    ]
+    assert scope._location_in(stack) == f"{neighbour}:2"

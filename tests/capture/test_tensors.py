@@ -7,7 +7,6 @@ is left: the same bits as eager, in the output and in whatever the loop has chan
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,14 +14,6 @@ from moe_inductor.patterns._blocks import HIDDEN, NUM_EXPERTS
 from moe_inductor.patterns.hit_list import HitLoop
 
 from tests.without_inductor import WithoutInductor
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
 
 
 class Visits(HitLoop):
