@@ -31,6 +31,7 @@ from moe_inductor.region.nodes import (
     unbacked,
     value,
 )
+from moe_inductor.region.sent import find_sent
 
 _GROUPED_GEMMS = frozenset({"_grouped_mm", "grouped_mm", "grouped_mm_fallback"})
 _BATCHED_GEMMS = frozenset({"bmm", "matmul", "einsum", "baddbmm"})
@@ -132,7 +133,12 @@ def find_regions(graph: fx.Graph) -> list[Region]:
         if root is not None and not (root.op == "placeholder" and _multiplies_some_rows(node)):
             by_root.setdefault(root, []).append(node)
     experts: dict[fx.Node, set[fx.Node]] = {}
-    for block in find_dense(graph, set(by_root)):
+    roots = set(by_root)
+    for sent in find_sent(graph):
+        if roots.isdisjoint(sent.roots):
+            by_root[sent.roots[0]], experts[sent.roots[0]] = [sent.combine], sent.masks
+            roots.update(sent.roots)
+    for block in find_dense(graph, roots):
         by_root[block.root] = block.anchors
         experts[block.root] = block.experts
     regions = []

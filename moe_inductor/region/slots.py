@@ -1,48 +1,593 @@
-"""Experts that read slots which tokens were sent to by products with masks, as GShard and Switch of Mesh TensorFlow do.
+"""Experts whose tokens are sent to slots ``[E, C]`` by products with masks (GShard, Switch, nanoMoE): they become pairs.
 
     rows = einsum("tec,th->ech", dispatch, x)
     out = einsum("tec,ech->th", combine, experts(rows))
 
-Such a block is a sparse one only if no two tokens are sent to the same slot of an expert; where slots are counted with
-a cumulated sum of masks, that is a fact about the sum.  It is not proved here, so the block is named and left alone.
+    combine[t, e, c] = sum_j w[t, j] kept[t, j] (ids[t, j] == e) (slot[t, j] == c)
+    dispatch[t, e, c] = the same without w
+
+If no two (token, choice) pairs that are kept have one slot of one expert, the row of a slot is that of its token, or
+zero, and so
+
+    out[t] = sum_j w[t, j] expert(ids[t, j])(x[t])        over the pairs that are kept, with 0 <= slot < C
+
+What is beyond the capacity adds exactly nothing here, where eager adds zero times what is in the slot.
+
+Slots differ because they are counted.  ``F = cumsum(m, over the pairs)`` of a mask m [pairs, E], which is 1 for some of
+the pairs at their own expert and 0 for all else, is larger at each pair with m = 1 than at all that stand before it and
+have the same expert, so it is another number for each of them.  That is so for any order of the pairs, with any number
+added that is the same for all pairs of an expert, and for fewer of them.
+
+Second choices that are counted by themselves begin where the first end: behind as many as there are, or behind those of
+which the slot is below the capacity.  The latter are as many as fit, since slots of first choices are 0, 1, 2, ...
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
 from torch import fx
 
-from moe_inductor.region.find import stacked_products, viewed
-from moe_inductor.region.nodes import BATCHED_PRODUCTS, name_of
+from moe_inductor.reasons import Code, Refusal
+from moe_inductor.region.axes import Atom, Axes, axes_of, laid_out
+from moe_inductor.region.nodes import is_integral, location, name_of, node_arg, same_sizes, value
+from moe_inductor.region.normalise import Emitter, arithmetic, cast, is_one, rule
+from moe_inductor.region.pairs import PAIR_LINEAR, is_pointwise
+from moe_inductor.region.sums import EXACT, Dims, Factor, Letters, Reader, Sum, Term, Unread, fitted
 
-_PRODUCTS = BATCHED_PRODUCTS | {"linear", "mm", "addmm"}
-_CHOICES = frozenset({"topk", "argmax", "one_hot"})
+aten = torch.ops.aten
 
-
-def sent_to_slots(graph: fx.Graph) -> fx.Node | None:
-    """The product of masks and tokens that gives experts their rows, if there is one.  Changes nothing."""
-    for node in stacked_products(graph):
-        for rows in map(viewed, node.all_input_nodes):
-            is_batched = rows.op.startswith("call") and name_of(rows) in BATCHED_PRODUCTS
-            if is_batched and any(map(_is_of_choice, rows.all_input_nodes)):
-                return rows
-    return None
+_SPELLING = "tokens are sent to slots of the experts by products with masks (GShard): "
+_SHARED = _SPELLING + "that no two of them have the same slot is not proved"
 
 
-def _projects(product: fx.Node) -> bool:
-    """Is it a product with a parameter, or of the tokens that are an input of the graph?"""
-    return any(viewed(a).op in ("placeholder", "get_attr") for a in product.all_input_nodes[1:])
+@rule(aten.bmm.default, aten.mm.default, first=True)
+def _combined(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """bmm(combine [.., T, E C], experts(bmm(dispatch, x)) [.., E C, H]) = bmm(w [T, 1, k], y [T, k, H])
+    where y is what the experts of each pair give"""
+    if not any(map(_may_be_slots, args)):
+        return None
+    read = Reader()
+    raw = out.emit(node.target, args, kwargs, value(node), node.meta.get("stack_trace"))
+    try:
+        block = _block(read, raw)
+        if block is None:
+            return None
+        return _Pairs(out, read, block).combined(raw)
+    except Refusal as refusal:
+        out.refused.append(refusal)
+        return None
 
 
-def _is_of_choice(node: fx.Node) -> bool:
-    """Is it made of which experts were chosen, without a projection in between?"""
-    todo, seen = [node], set()
-    while todo:
-        found = todo.pop()
-        if found in seen or not found.op.startswith("call"):
+def _may_be_slots(operand: fx.Node) -> bool:
+    """Is it a view of what experts have computed, [E, C, ..], or of what each of them has?"""
+    axes = axes_of(operand)
+    if axes is None or value(axes.base).dim() != 3 or not value(axes.base).dtype.is_floating_point:
+        return False
+    return axes.base.op == "call_function" and axes.base.target is not aten.view.default
+
+
+def _refuse(words: str, node: fx.Node, code: Code = Code.PROOF) -> NoReturn:
+    raise Refusal(code, words, location(node))
+
+
+# -- what is sent where ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Sent:
+    """One term: pairs of tokens and choices that are sent to slots, and weighted there.
+
+    ids, slots: hits of ``e`` and ``c``.  kept: masks that are 1 where a weight counts; sent: those of the rows.
+    choice: the atom of the choices, if there are several in the term.
+    """
+
+    ids: Factor
+    slots: Factor
+    kept: tuple[Factor, ...]
+    sent: tuple[Factor, ...]
+    weights: tuple[Factor, ...]
+    choice: Atom | None
+
+    @property
+    def known(self) -> set[Factor]:
+        """Masks that are 1 where a row is sent."""
+        return {self.ids, *self.sent}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Block:
+    """made: what the product gives, over the tokens' atoms and ``h``.  y: what the experts give, over e, slots and h.
+    rows: what they read, a node; x: the tokens, over the tokens' atoms and others."""
+
+    made: Sum
+    tokens: Letters
+    y: Factor
+    rows: fx.Node
+    x: Factor
+    e: Atom
+    c: Atom
+    terms: tuple[_Sent, ...]
+
+    @property
+    def batch(self) -> Letters:
+        """Tokens with other atoms of these never meet."""
+        return tuple(a for a in self.y.dims[1] if a is not self.c)
+
+
+def _block(read: Reader, node: fx.Node) -> _Block | None:
+    """What ``node`` is, if it is a product with what experts made of slots.  Raises Refusal."""
+    made = read(node)
+    if not made.has_hits:
+        return None
+    leaves = [f for t in made.terms for f in t.numbers]
+    found = {f.node: rows for f in leaves if (rows := _rows_of(read, f.node)) is not None}
+    if len(found) != 1:
+        return None
+    ((given, rows),) = found.items()
+    ys = {f for f in leaves if f.node is given}
+    where = node
+    if len(ys) != 1 or value(given).dim() != 3:
+        return None
+    (y,) = ys
+    e, h = (dims[0] if len(dims) == 1 else None for dims in (y.dims[0], y.dims[2]))
+    terms = [_split(t, y, e) for t in made.terms]
+    if e is None or h is None or h not in made.letters or not all(terms):
+        _refuse(_SPELLING + "what they are weighted by is not read", where, Code.SPELLING)
+    slots = {t.slots.hit for t in terms}  # type: ignore[union-attr]
+    (c,) = slots if len(slots) == 1 else (None,)
+    free = set(made.letters) | {e, c}
+    if c is None or not set(y.letters) <= free or c not in y.dims[1]:
+        _refuse(_SPELLING + "what they are weighted by is not read", where, Code.SPELLING)
+    tokens = tuple(a for a in made.letters if a is not h)
+    x, sent = _sent(read, rows, y, tokens, [t for t in terms if t is not None])
+    return _Block(made, tokens, y, rows, x, e, c, sent)
+
+
+def _rows_of(read: Reader, given: fx.Node) -> fx.Node | None:
+    """The sum of tokens that experts read to make ``given``."""
+    todo, seen, found = [given], {given}, None
+    while todo and len(seen) < 256:
+        node = todo.pop()
+        made = read(node)
+        if made.has_hits and all(len(t.numbers) == 1 for t in made.terms):
+            if found not in (None, node):
+                return None
+            found = node
             continue
-        seen.add(found)
-        if name_of(found) in _CHOICES:
-            return True
-        if name_of(found) not in _PRODUCTS or not _projects(found):
-            todo += found.all_input_nodes
-    return False
+        for arg in node.all_input_nodes:
+            if arg not in seen and arg.op == "call_function" and isinstance(value(arg), torch.Tensor):
+                seen.add(arg)
+                todo.append(arg)
+    return found
+
+
+def _split(term: Term, y: Factor, e: Atom | None) -> _Sent | None:
+    """A term of the product, without what experts give."""
+    if e is None or term.times != 1:
+        return None
+    ids, others = term.hits(e), [f for f in term.factors if f.hit not in (None, e)]
+    choices = [a for a in term.summed if a not in y.letters]
+    if len(ids) != 1 or len(others) != 1 or len(choices) > 1:
+        return None
+    masks = tuple(f for f in term.masks if f.hit is None)
+    weights = tuple(f for f in term.numbers if f != y)
+    if len(term.numbers) != len(weights) + 1:
+        return None
+    return _Sent(ids[0], others[0], masks, (), weights, choices[0] if choices else None)
+
+
+def _sent(
+    read: Reader, rows: fx.Node, y: Factor, tokens: Letters, terms: Sequence[_Sent]
+) -> tuple[Factor, tuple[_Sent, ...]]:
+    """The tokens, and ``terms`` with the masks of what is sent.  Raises Refusal."""
+    try:
+        own = read(rows)
+        made = own.over((*y.dims[:2], own.dims[2]))
+    except Unread:
+        _refuse(_SPELLING + "the slots that are read are others than those that are weighted", rows)
+    if len(made.terms) != len(terms):
+        _refuse(_SPELLING + "not as many choices are sent as are weighted", rows)
+    found, xs = [], set()
+    for one in terms:
+        placed = [p for t in made.terms if (p := _placed(t, one, y)) is not None]
+        if len(placed) != 1:
+            _refuse(_SPELLING + "the slots that are read are others than those that are weighted", rows)
+        (term,) = placed
+        sent = tuple(f for f in term.masks if f.hit is None)
+        if not set(sent) <= set(one.kept):
+            words = "tokens are sent to the experts under other conditions than they are weighted"
+            _refuse(_SPELLING + words, rows)
+        if term.times != 1 or len(term.numbers) != 1 or len(term.hits(one.ids.hit)) != 1:  # type: ignore[arg-type]
+            _refuse(_SPELLING + "what is sent is not the tokens as they are", rows, Code.SPELLING)
+        (x,) = term.numbers
+        gone = {*term.summed, *y.letters}
+        if not {*tokens, *filter(None, [one.choice])} <= gone or set(term.summed) & set(y.letters):
+            _refuse(_SPELLING + "what is sent is not the tokens as they are", rows, Code.SPELLING)
+        rest = [a for a in x.letters if a not in tokens]
+        if set(x.letters) != {*tokens, *made.dims[2]} or rest != list(made.dims[2]):
+            _refuse(_SPELLING + "what is sent is not the tokens as they are", rows, Code.SPELLING)
+        xs.add(x)
+        found.append(dataclasses.replace(one, sent=sent))
+    if len(xs) != 1:
+        _refuse("", rows, Code.INPUTS_DIFFER)
+    return xs.pop(), tuple(found)
+
+
+def _placed(term: Term, one: _Sent, y: Factor) -> Term | None:
+    """``term`` of the rows over the atoms of ``one``, if it is about the same ids and slots."""
+    new: dict[Atom, Letters] = {}
+    for mine in (one.ids, one.slots):
+        theirs = [f for f in term.factors if f.hit is mine.hit and f.node is mine.node]
+        if len(theirs) != 1:
+            return None
+        try:
+            for ours, others in zip(theirs[0].dims, mine.dims, strict=True):
+                one_way, other_way = fitted(ours, others)
+                if any(len(parts) > 1 for parts in other_way.values()):
+                    return None
+                if any(new.setdefault(a, parts) != parts for a, parts in one_way.items()):
+                    return None
+        except Unread:
+            return None
+    if any(new.get(a, (a,)) != (a,) for a in y.letters):
+        return None  # of another sequence
+    return term.renamed(new)
+
+
+# -- slots differ ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Slots:
+    """``slot = F + number + counts``, of pairs that are sent.
+
+    mask: the term m that F cumulates, over ``counted``, the atoms of the pairs, and ``groups``, each by itself.
+    inclusive: does F count the pair itself?
+    """
+
+    form: frozenset[Term]
+    mask: Term
+    counted: Letters
+    number: float
+    counts: tuple[Term, ...]
+
+    @property
+    def start(self) -> float:
+        """The slot of the first, without counts."""
+        return self.number
+
+
+def _slots_of(read: Reader, block: _Block, one: _Sent) -> _Slots:
+    """Shows that pairs of one term that are sent have slots of their own.  Raises Refusal."""
+    form = _form(read, one.slots.node, one.slots.dims, one)
+    where = one.slots.node
+    if form is None:
+        _refuse(_SHARED, where)
+    places = [t for t in form if t.numbers]
+    constant = sum(t.times for t in form if not t.factors)
+    counts = tuple(t for t in form if t.factors and not t.numbers)
+    if len(places) != 1 or len(places[0].factors) != 1 or places[0].times != 1 or places[0].summed:
+        _refuse(_SHARED, where)
+    (place,) = places[0].factors
+    found = _cumulated(read, place)
+    if found is None:
+        _refuse(_SHARED, where)
+    mask, dim, inclusive = found
+    counted = place.dims[dim]
+    others = [d for i, d in enumerate(place.dims) if i != dim]
+    groups = [a for d in others for a in d if a is not block.e]
+    hits = mask.hits(block.e)
+    joined = Term(1, (one.ids, *mask.factors), mask.summed).merged()
+    ours = (
+        (block.e,) in others
+        and set(groups) <= set(block.batch)
+        and len(hits) == 1
+        and hits[0].node is one.ids.node
+        and not joined.summed
+        and set(joined.masks) <= one.known
+    )
+    pair = {*block.tokens, *filter(None, [one.choice])}
+    told_apart = {*counted, *groups}
+    if mask.summed:  # over the choices of a token, of which no two have one expert
+        told_apart |= set(filter(None, [one.choice]))
+    if not ours or not pair <= told_apart:
+        _refuse(_SHARED, where)
+    number = constant + (1 if inclusive else 0)
+    if number < 0 or any(t.times != 1 for t in counts):
+        _refuse(_SPELLING + "slots may be negative", where)
+    return _Slots(form, mask, counted, number, counts)
+
+
+def _form(read: Reader, node: fx.Node, dims: Dims, one: _Sent) -> frozenset[Term] | None:
+    """A number of each pair, as a sum, where the pair is sent; at its own expert, if it is one of each expert."""
+    try:
+        found = read(node).over(dims)
+    except Unread:
+        return None
+    totals: dict[tuple[frozenset[Factor], tuple[Factor, ...], Letters], float] = {}
+    for term in found.terms:
+        joined = Term(term.times, (one.ids, *term.factors), term.summed).merged()
+        masks = frozenset(f for f in joined.masks if f not in one.known)
+        key = (masks, joined.numbers, joined.summed)
+        totals[key] = totals.get(key, 0) + joined.times
+    return frozenset(
+        read.named(Term(times, (*sorted(masks, key=lambda f: f.node.name), *numbers), summed))
+        for (masks, numbers, summed), times in totals.items()
+        if times
+    )
+
+
+def _cumulated(read: Reader, place: Factor) -> tuple[Term, int, bool] | None:
+    """(m, dimension, does it count the element itself) where ``place`` is a cumulated sum of masks m."""
+    node, inclusive, padded = place.node, True, None
+    if node.target is aten.slice.Tensor and len(node.args) == 4:
+        node, inclusive, padded = node_arg(node, 0), False, node.args[1:]
+    if node.target is not aten.cumsum.default or value(node).dtype not in _COUNTS:
+        return None
+    source, dim = node_arg(node, 0), node.args[1]
+    if not isinstance(dim, int) or value(source).dtype in (torch.bfloat16, torch.float16):
+        return None
+    dim %= value(node).dim()
+    if padded is not None:
+        pads = source.args[1] if source.target is aten.constant_pad_nd.default else None
+        rank, size = value(node).dim(), value(place.node).shape[dim]
+        wanted = [0] * (2 * rank)
+        wanted[2 * (rank - 1 - dim)] = 1
+        if not isinstance(pads, (list, tuple)) or list(pads) != wanted[: len(pads)] or 1 not in pads:
+            return None
+        if (source.args[2:] or (0,))[0] != 0 or list(padded[:2]) != [dim, 0]:
+            return None
+        source = node_arg(source, 0)
+        if not same_sizes(value(source).shape, value(place.node).shape) or size is None:
+            return None
+    try:
+        made = read(source).over(place.dims)
+    except Unread:
+        return None
+    if len(made.terms) != 1 or made.terms[0].times != 1 or made.terms[0].numbers:
+        return None
+    return made.terms[0], dim, inclusive
+
+
+_COUNTS = (torch.int32, torch.int64, *EXACT)
+
+
+def _apart(read: Reader, first: _Slots, mine: _Sent, later: _Slots) -> bool:
+    """Do all slots of the later pairs come after those of the first?"""
+    left = list(later.counts)
+    for count in first.counts:
+        if count not in left:
+            return False
+        left.remove(count)
+    return later.start >= first.start and any(_counts(read, c, first, mine) for c in left)
+
+
+def _counts(read: Reader, count: Term, slots: _Slots, one: _Sent) -> bool:
+    """Is ``count`` how many pairs there are, or how many of them have a slot below a number, as those that are sent?"""
+    (hit, *more) = [f for f in slots.mask.factors if f.hit is not None]
+    own = [f for f in count.factors if f.hit is hit.hit and f.node is hit.node]
+    if more or len(own) != 1:
+        return False
+    new: dict[Atom, Letters] = {}
+    try:
+        for theirs, ours in zip(own[0].dims, hit.dims, strict=True):
+            one_way, other_way = fitted(theirs, ours)
+            if any(len(parts) > 1 for parts in other_way.values()):
+                return False
+            new |= one_way
+    except Unread:
+        return False
+    if any(a not in count.summed and parts != (a,) for a, parts in new.items()):
+        return False  # of another group
+    placed = count.renamed(new)
+    if set(placed.summed) != {*slots.counted, *slots.mask.summed} or placed.numbers:
+        return False
+    missing = set(slots.mask.masks) - set(placed.masks)
+    further = set(placed.masks) - set(slots.mask.masks)
+    return not missing and all(f in one.known and _bound(read, f, slots, one) for f in further)
+
+
+def _bound(read: Reader, mask: Factor, slots: _Slots, one: _Sent) -> Any:
+    """C where ``mask`` is ``slot < C``; None where it is something else."""
+    node = mask.node
+    if node.target is not aten.lt.Scalar or len(node.args) != 2:
+        return None
+    same = _form(read, node_arg(node, 0), mask.dims, one) == slots.form
+    return node.args[1] if same else None
+
+
+def _prove(read: Reader, block: _Block) -> list[_Slots]:
+    """No two pairs that are sent have the same slot of an expert.  Raises Refusal."""
+    found = [_slots_of(read, block, one) for one in block.terms]
+    for i, one in enumerate(found):
+        for j in range(i):
+            ways = ((found[j], block.terms[j], one), (one, block.terms[i], found[j]))
+            if not any(_apart(read, *way) for way in ways):
+                words = "that second choices get other slots than first ones is not proved"
+                _refuse(_SPELLING + words, block.terms[i].slots.node)
+    return found
+
+
+# -- pairs ---------------------------------------------------------------------------------------------------------------
+
+
+class _Pairs:
+    """What the experts give for each pair, and the sum of it.  Raises Refusal where that is not possible."""
+
+    def __init__(self, out: Emitter, read: Reader, block: _Block) -> None:
+        self.out, self.block = out, block
+        self.slots = _prove(Reader(counts=True), block)
+        self.origin = block.rows.meta.get("stack_trace")
+        self._below = 0
+        ids = [self._ids(one, slots) for one, slots in zip(block.terms, self.slots, strict=True)]
+        self.ids = self._joined([kept for kept, _ in ids])
+        self.weights = self._joined(
+            [self._weight(one, own) for one, (_, own) in zip(block.terms, ids, strict=True)]
+        )
+        self.tokens, self.top_k = value(self.ids).shape
+        self.flat_ids = out.view(self.ids, value(self.ids).reshape(-1), self.origin)
+        self.rows = self._of_tokens()
+        self._made: dict[fx.Node, fx.Node] = {block.rows: self.rows}
+        self._depends: dict[fx.Node, bool] = {block.rows: True}
+
+    def combined(self, node: fx.Node) -> fx.Node:
+        out, block, origin = self.out, self.block, node.meta.get("stack_trace")
+        y = self._of(block.y.node)
+        T, k, width = self.tokens, self.top_k, value(y).shape[-1]
+        per_token = out.view(y, value(y).reshape(T, k, width), origin)
+        weights = out.view(self.weights, value(self.weights).reshape(T, 1, k), origin)
+        made = torch.empty_like(value(weights), dtype=value(y).dtype)
+        weights = cast(out, weights, made, origin)
+        summed = value(per_token).new_empty((T, 1, width))
+        product = out.apply(aten.bmm.default, (weights, per_token), {}, summed, origin)
+        flat = out.view(product, summed.reshape(T, width), origin)
+        (h,) = block.y.dims[2]
+        return laid_out(out, Axes(flat, (*block.tokens, h), block.made.dims), origin)
+
+    # -- operands ----------------------------------------------------------------------------------------------------
+    def _ids(self, one: _Sent, slots: _Slots) -> tuple[fx.Node, fx.Node]:
+        """The ids [T, k] of one term, -1 where a pair is dropped, and those that the model has."""
+        own = kept = self._laid(one.ids, one, None, None)
+        read = Reader(counts=True)
+        bounds = [_bound(read, f, slots, one) for f in one.kept]
+        capacity = self.out.size(self.block.c.size)
+        masks = [self._laid(f, one, own, None) for f in one.kept]
+        if not any(b == capacity for b in bounds):
+            if not isinstance(capacity, int):
+                _refuse(_SPELLING + "the capacity is not a known size", one.slots.node)
+            place = self._laid(one.slots, one, own, None)
+            hit = torch.empty_like(value(place), dtype=torch.bool)
+            masks.append(self.out.emit(aten.lt.Scalar, (place, capacity), {}, hit, self.origin))
+        for mask in masks:
+            made = value(kept)
+            kept = self.out.emit(aten.where.ScalarOther, (mask, kept, -1), {}, made, self.origin)
+        return kept, own
+
+    def _weight(self, one: _Sent, ids: fx.Node) -> fx.Node:
+        """The weights [T, k] of one term, where a pair counts."""
+        found = [self._laid(f, one, ids, ids) for f in one.weights]
+        if not found:
+            dtype = value(self.block.y.node).dtype
+            made = torch.empty_like(value(ids), dtype=dtype)
+            kept = {"dtype": dtype, "device": made.device}
+            return self.out.emit(aten.full.default, (self.out.sizes(made), 1), kept, made, self.origin)
+        total, *more = found
+        for other in more:
+            made = value(total) * value(other)
+            total = arithmetic(self.out, aten.mul.Tensor, total, other, made, self.origin)
+        return total
+
+    def _laid(
+        self, factor: Factor, one: _Sent, ids: fx.Node | None, like: fx.Node | None
+    ) -> fx.Node:
+        """``factor`` [T, k], at the pair's own expert; [T, 1] where it is the same for all choices, unless ``like``."""
+        block, out, letters = self.block, self.out, set(factor.letters)
+        choice = (one.choice,) if one.choice in letters else ()
+        dims = [block.tokens, choice]
+        if block.e in letters:
+            dims.append((block.e,))
+        if letters != {a for d in dims for a in d}:
+            words = "a condition or a weight is not one of each token"
+            _refuse(_SPELLING + words, factor.node, Code.SPELLING)
+        made = laid_out(out, Axes(factor.node, factor.letters, tuple(dims)), self.origin)
+        if block.e in letters and factor.hit is not block.e:
+            assert ids is not None
+            made = self._at_own(made, ids)
+        if like is not None and not out.same_sizes(value(made).shape, value(like).shape):
+            wide = value(made).expand(value(like).shape)
+            made = out.apply(aten.expand.default, (made, out.sizes(wide)), {}, wide, self.origin)
+        return made
+
+    def _at_own(self, given: fx.Node, ids: fx.Node) -> fx.Node:
+        """given [T, k or 1, E] at ids [T, k]"""
+        out, found, at = self.out, value(given), value(ids)
+        if is_one(found.shape[1]) or is_one(at.shape[1]):
+            flat = out.view(given, found.reshape(found.shape[0], found.shape[2]), self.origin)
+            made = torch.empty_like(at, dtype=found.dtype)
+            return out.apply(aten.gather.default, (flat, 1, ids), {}, made, self.origin)
+        column = out.view(ids, at.unsqueeze(-1), self.origin)
+        made = torch.empty_like(value(column), dtype=found.dtype)
+        picked = out.apply(aten.gather.default, (given, 2, column), {}, made, self.origin)
+        return out.view(picked, torch.empty_like(at, dtype=found.dtype), self.origin)
+
+    def _joined(self, parts: list[fx.Node]) -> fx.Node:
+        if len(parts) == 1:
+            return parts[0]
+        made = torch.cat([value(p) for p in parts], dim=1)
+        return self.out.emit(aten.cat.default, (parts, 1), {}, made, self.origin)
+
+    def _of_tokens(self) -> fx.Node:
+        """The row of its token, for each pair."""
+        out, block, (T, k) = self.out, self.block, (self.tokens, self.top_k)
+        rest = tuple(a for a in block.x.letters if a not in block.tokens)
+        axes = Axes(block.x.node, block.x.letters, (block.tokens, rest))
+        x = laid_out(out, axes, self.origin)
+        column = out.view(x, value(x).unsqueeze(1), self.origin)
+        made = value(column).expand(T, k, -1)
+        wide = out.apply(aten.expand.default, (column, out.sizes(made)), {}, made, self.origin)
+        flat = out.view(wide, made.reshape(T * k, made.shape[-1]), self.origin)
+        whole = value(block.rows)
+        return cast(out, flat, torch.empty_like(value(flat), dtype=whole.dtype), self.origin)
+
+    # -- what the experts compute --------------------------------------------------------------------------------------
+    def _of(self, node: fx.Node) -> fx.Node:
+        """``node`` [E, C, F], whose rows are those of slots, as [T k, F]."""
+        if node not in self._made:
+            self._made[node] = self._computed(node)
+        return self._made[node]
+
+    def _computed(self, node: fx.Node) -> fx.Node:
+        found, args = value(node), node.args
+        origin = node.meta.get("stack_trace")
+        made = found.new_empty((self.tokens * self.top_k, found.shape[-1]))
+        if node.target is aten.bmm.default and not self._reads(node_arg(node, 1)):
+            self._below += 1
+            rows = self._of(node_arg(node, 0))
+            self._below -= 1
+            operands = (rows, self.flat_ids, args[1])
+            return self.out.apply(PAIR_LINEAR, operands, {}, made, origin)
+        if node.target is aten.slice.Tensor and args[1] == 2:
+            rows = self._of(node_arg(node, 0))
+            return self.out.apply(aten.slice.Tensor, (rows, 1, *args[2:]), {}, made, origin)
+        if is_pointwise(node.target) or node.target is aten._to_copy.default:
+            given = tuple(self._operand(a, node) if isinstance(a, fx.Node) else a for a in args)
+            return self.out.apply(node.target, given, dict(node.kwargs), made, origin)
+        words = f"`{name_of(node)}` is not known to keep rows apart"
+        _refuse(words, node, self._code())
+
+    def _operand(self, one: fx.Node, where: fx.Node) -> fx.Node:
+        found, shape = value(one), value(where).shape
+        if self._reads(one):
+            if found.dim() != 3 or not self.out.same_sizes(found.shape[:2], shape[:2]):
+                _refuse("rows are combined with each other", where, self._code())
+            return self._of(one)
+        if found.dim() < 2:
+            return one
+        if found.dim() == 3 and is_one(found.shape[1]) and same_sizes(found.shape[:1], shape[:1]):
+            flat = found.squeeze(1)
+            stack = self.out.view(one, flat, self.origin)
+            made = flat.new_empty((self.tokens * self.top_k, flat.shape[-1]))
+            return self.out.apply(
+                aten.index.Tensor, (stack, [self.flat_ids]), {}, made, self.origin
+            )
+        _refuse("rows of slots are combined with something else", where, self._code())
+
+    def _reads(self, node: fx.Node) -> bool:
+        """Does it depend on the rows?"""
+        todo = [node]
+        while todo:
+            at = todo[-1]
+            waiting = [a for a in at.all_input_nodes if a not in self._depends]
+            if at in self._depends or not waiting:
+                todo.pop()
+                self._depends.setdefault(at, any(self._depends[a] for a in at.all_input_nodes))
+            else:
+                todo += waiting
+        return self._depends[node]
+
+    def _code(self) -> Code:
+        return Code.ACTIVATION if self._below == 1 else Code.SPELLING

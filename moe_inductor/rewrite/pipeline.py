@@ -37,7 +37,6 @@ from moe_inductor.region.find import (
     router_only,
 )
 from moe_inductor.region.nodes import location, value
-from moe_inductor.region.slots import sent_to_slots
 from moe_inductor.region.thresholds import chosen_by_experts, kept_by_threshold
 from moe_inductor.rewrite.replace import Rewriter
 from moe_inductor.rewrite.support import check_support
@@ -76,13 +75,10 @@ def fuse_moe_blocks(
         if (chosen := chosen_by_experts(module.graph, [r.root for r in regions])) is not None:
             report.blocks.append(_refused(chosen.reason))
         elif not regions and not looks_like_moe(module.graph):
-            slots = sent_to_slots(module.graph)
             router = router_only(module.graph)
             dense = dense_only(module.graph) if router is None else None
             named = kept_by_threshold(module.graph.nodes) if dense is not None else None
-            if slots is not None:
-                report.blocks.append(_slots(slots))
-            elif named is not None:
+            if named is not None:
                 report.blocks.append(_refused(named.reason))
             elif router is not None:
                 report.blocks.append(_router_only(router, uncaptured))
@@ -250,15 +246,6 @@ def not_captured(reason: Reason) -> BlockReport:
 
 def _refused(reason: Reason) -> BlockReport:
     return BlockReport(spelling="", fused=False, reason=reason, location=reason.location)
-
-
-def _slots(node: fx.Node) -> BlockReport:
-    words = (
-        "tokens are sent to slots of the experts by products with masks (GShard): "
-        "that no two of them have the same slot is not proved"
-    )
-    reason = Reason(Code.SPELLING, words, location(node))
-    return _refused(reason)
 
 
 def _dense(node: fx.Node) -> BlockReport:
