@@ -748,6 +748,6 @@ from moe_inductor.region import einsums as _einsums  # noqa: E402, F401
 from moe_inductor.region import maps as _maps  # noqa: E402, F401
 from moe_inductor.region import one_batch as _one_batch  # noqa: E402
 from moe_inductor.region import rows as _rows  # noqa: E402, F401
-from moe_inductor.region import slots as _slots  # noqa: E402, F401
+from moe_inductor.region import slot_pairs as _slot_pairs  # noqa: E402, F401
 from moe_inductor.region import sparse as _sparse  # noqa: E402, F401
 from moe_inductor.region import stacks as _stacks  # noqa: E402, F401

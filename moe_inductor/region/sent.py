@@ -30,7 +30,7 @@ _LIMIT = 512
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Sent:
+class Sending:
     """roots: what chose the experts, first one first.  combine: the product that brings the tokens back.
     masks: what its weights are made of, back to the logits."""
 
@@ -48,9 +48,9 @@ class _State:
     projected: frozenset[fx.Node] = frozenset()
 
 
-def find_sent(graph: fx.Graph) -> list[Sent]:
+def find_sent(graph: fx.Graph) -> list[Sending]:
     """Every such block.  Changes nothing; in a graph without a choice nothing is looked at."""
-    found: list[Sent] = []
+    found: list[Sending] = []
     states: dict[fx.Node, _State] = {}
     order: dict[fx.Node, int] = {}
     for node in graph.nodes:
@@ -68,7 +68,7 @@ def find_sent(graph: fx.Graph) -> list[Sent]:
             states[node] = _State(chosen, sent, projected)
         elif (mask := _meets(node, states)) is not None:
             roots = sorted(states[mask].chosen, key=order.__getitem__)
-            found.append(Sent(roots, node, _made_of(mask)))
+            found.append(Sending(roots, node, _made_of(mask)))
         elif any(map(_is_input, node.all_input_nodes)) and (sent or projected or not chosen):
             states[node] = _State(projected=sent | projected)
         else:

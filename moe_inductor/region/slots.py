@@ -32,10 +32,8 @@ import torch
 from torch import fx
 
 from moe_inductor.reasons import Code, Refusal
-from moe_inductor.region.axes import Atom, Axes, axes_of, laid_out
-from moe_inductor.region.nodes import is_integral, location, name_of, node_arg, same_sizes, value
-from moe_inductor.region.normalise import Emitter, arithmetic, cast, is_one, rule
-from moe_inductor.region.pairs import PAIR_LINEAR, is_pointwise
+from moe_inductor.region.axes import Atom, axes_of, same_extent
+from moe_inductor.region.nodes import location, node_arg, same_sizes, value
 from moe_inductor.region.sums import EXACT, Dims, Factor, Letters, Reader, Sum, Term, Unread, fitted
 
 aten = torch.ops.aten
@@ -44,25 +42,7 @@ _SPELLING = "tokens are sent to slots of the experts by products with masks (GSh
 _SHARED = _SPELLING + "that no two of them have the same slot is not proved"
 
 
-@rule(aten.bmm.default, aten.mm.default, first=True)
-def _combined(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-    """bmm(combine [.., T, E C], experts(bmm(dispatch, x)) [.., E C, H]) = bmm(w [T, 1, k], y [T, k, H])
-    where y is what the experts of each pair give"""
-    if not any(map(_may_be_slots, args)):
-        return None
-    read = Reader()
-    raw = out.emit(node.target, args, kwargs, value(node), node.meta.get("stack_trace"))
-    try:
-        block = _block(read, raw)
-        if block is None:
-            return None
-        return _Pairs(out, read, block).combined(raw)
-    except Refusal as refusal:
-        out.refused.append(refusal)
-        return None
-
-
-def _may_be_slots(operand: fx.Node) -> bool:
+def may_be_slots(operand: fx.Node) -> bool:
     """Is it a view of what experts have computed, [E, C, ..], or of what each of them has?"""
     axes = axes_of(operand)
     if axes is None or value(axes.base).dim() != 3 or not value(axes.base).dtype.is_floating_point:
@@ -78,11 +58,12 @@ def _refuse(words: str, node: fx.Node, code: Code = Code.PROOF) -> NoReturn:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Sent:
+class Sent:
     """One term: pairs of tokens and choices that are sent to slots, and weighted there.
 
     ids, slots: hits of ``e`` and ``c``.  kept: masks that are 1 where a weight counts; sent: those of the rows.
     choice: the atom of the choices, if there are several in the term.
+    form: what the slot is, a sum of numbers.  fits: there are as many slots as pairs.
     """
 
     ids: Factor
@@ -91,6 +72,8 @@ class _Sent:
     sent: tuple[Factor, ...]
     weights: tuple[Factor, ...]
     choice: Atom | None
+    form: frozenset[Term] = frozenset()
+    fits: bool = False
 
     @property
     def known(self) -> set[Factor]:
@@ -99,9 +82,10 @@ class _Sent:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Block:
+class Block:
     """made: what the product gives, over the tokens' atoms and ``h``.  y: what the experts give, over e, slots and h.
-    rows: what they read, a node; x: the tokens, over the tokens' atoms and others."""
+    rows: what they read, a node; x: the tokens, over the tokens' atoms and others.  counts: reads numbers of tokens.
+    """
 
     made: Sum
     tokens: Letters
@@ -110,7 +94,8 @@ class _Block:
     x: Factor
     e: Atom
     c: Atom
-    terms: tuple[_Sent, ...]
+    terms: tuple[Sent, ...]
+    counts: Reader
 
     @property
     def batch(self) -> Letters:
@@ -118,8 +103,10 @@ class _Block:
         return tuple(a for a in self.y.dims[1] if a is not self.c)
 
 
-def _block(read: Reader, node: fx.Node) -> _Block | None:
-    """What ``node`` is, if it is a product with what experts made of slots.  Raises Refusal."""
+def block_of(read: Reader, node: fx.Node) -> Block | None:
+    """What ``node`` is, if it is a product with what experts made of slots, which are shown to differ.
+
+    Raises Refusal (PROOF, SPELLING, INPUTS_DIFFER)."""
     made = read(node)
     if not made.has_hits:
         return None
@@ -144,7 +131,7 @@ def _block(read: Reader, node: fx.Node) -> _Block | None:
         _refuse(_SPELLING + "what they are weighted by is not read", where, Code.SPELLING)
     tokens = tuple(a for a in made.letters if a is not h)
     x, sent = _sent(read, rows, y, tokens, [t for t in terms if t is not None])
-    return _Block(made, tokens, y, rows, x, e, c, sent)
+    return _proved(Block(made, tokens, y, rows, x, e, c, sent, Reader(counts=True)))
 
 
 def _rows_of(read: Reader, given: fx.Node) -> fx.Node | None:
@@ -152,20 +139,29 @@ def _rows_of(read: Reader, given: fx.Node) -> fx.Node | None:
     todo, seen, found = [given], {given}, None
     while todo and len(seen) < 256:
         node = todo.pop()
-        made = read(node)
-        if made.has_hits and all(len(t.numbers) == 1 for t in made.terms):
+        if isinstance(value(node), torch.Tensor) and _are_tokens(read(node)):
             if found not in (None, node):
                 return None
             found = node
             continue
         for arg in node.all_input_nodes:
-            if arg not in seen and arg.op == "call_function" and isinstance(value(arg), torch.Tensor):
+            if arg not in seen and arg.op == "call_function":
                 seen.add(arg)
                 todo.append(arg)
     return found
 
 
-def _split(term: Term, y: Factor, e: Atom | None) -> _Sent | None:
+def _are_tokens(found: Sum) -> bool:
+    """Is it tokens where masks are 1?  These have an atom that is not of the pairs."""
+    for term in found.terms:
+        hits = [f for f in term.factors if f.hit is not None]
+        pairs = {a for f in hits for a in (*f.letters, f.hit)}
+        if not hits or len(term.numbers) != 1 or pairs.issuperset(term.numbers[0].letters):
+            return False
+    return True
+
+
+def _split(term: Term, y: Factor, e: Atom | None) -> Sent | None:
     """A term of the product, without what experts give."""
     if e is None or term.times != 1:
         return None
@@ -177,12 +173,12 @@ def _split(term: Term, y: Factor, e: Atom | None) -> _Sent | None:
     weights = tuple(f for f in term.numbers if f != y)
     if len(term.numbers) != len(weights) + 1:
         return None
-    return _Sent(ids[0], others[0], masks, (), weights, choices[0] if choices else None)
+    return Sent(ids[0], others[0], masks, (), weights, choices[0] if choices else None)
 
 
 def _sent(
-    read: Reader, rows: fx.Node, y: Factor, tokens: Letters, terms: Sequence[_Sent]
-) -> tuple[Factor, tuple[_Sent, ...]]:
+    read: Reader, rows: fx.Node, y: Factor, tokens: Letters, terms: Sequence[Sent]
+) -> tuple[Factor, tuple[Sent, ...]]:
     """The tokens, and ``terms`` with the masks of what is sent.  Raises Refusal."""
     try:
         own = read(rows)
@@ -217,7 +213,7 @@ def _sent(
     return xs.pop(), tuple(found)
 
 
-def _placed(term: Term, one: _Sent, y: Factor) -> Term | None:
+def _placed(term: Term, one: Sent, y: Factor) -> Term | None:
     """``term`` of the rows over the atoms of ``one``, if it is about the same ids and slots."""
     new: dict[Atom, Letters] = {}
     for mine in (one.ids, one.slots):
@@ -243,26 +239,26 @@ def _placed(term: Term, one: _Sent, y: Factor) -> Term | None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Slots:
-    """``slot = F + number + counts``, of pairs that are sent.
+    """``slot = F - 1 + start + counts``, of pairs that are sent.
 
     mask: the term m that F cumulates, over ``counted``, the atoms of the pairs, and ``groups``, each by itself.
-    inclusive: does F count the pair itself?
     """
 
     form: frozenset[Term]
     mask: Term
     counted: Letters
-    number: float
+    start: float
     counts: tuple[Term, ...]
 
-    @property
-    def start(self) -> float:
-        """The slot of the first, without counts."""
-        return self.number
+    def fit(self, places: Sequence[Atom]) -> bool:
+        """Is there a place for every pair, whoever chooses what?"""
+        pairs = (*self.counted, *self.mask.summed)
+        return not self.start and not self.counts and same_extent(places, pairs)
 
 
-def _slots_of(read: Reader, block: _Block, one: _Sent) -> _Slots:
+def _slots_of(block: Block, one: Sent) -> _Slots:
     """Shows that pairs of one term that are sent have slots of their own.  Raises Refusal."""
+    read = block.counts
     form = _form(read, one.slots.node, one.slots.dims, one)
     where = one.slots.node
     if form is None:
@@ -302,7 +298,7 @@ def _slots_of(read: Reader, block: _Block, one: _Sent) -> _Slots:
     return _Slots(form, mask, counted, number, counts)
 
 
-def _form(read: Reader, node: fx.Node, dims: Dims, one: _Sent) -> frozenset[Term] | None:
+def _form(read: Reader, node: fx.Node, dims: Dims, one: Sent) -> frozenset[Term] | None:
     """A number of each pair, as a sum, where the pair is sent; at its own expert, if it is one of each expert."""
     try:
         found = read(node).over(dims)
@@ -356,7 +352,7 @@ def _cumulated(read: Reader, place: Factor) -> tuple[Term, int, bool] | None:
 _COUNTS = (torch.int32, torch.int64, *EXACT)
 
 
-def _apart(read: Reader, first: _Slots, mine: _Sent, later: _Slots) -> bool:
+def _apart(read: Reader, first: _Slots, mine: Sent, later: _Slots) -> bool:
     """Do all slots of the later pairs come after those of the first?"""
     left = list(later.counts)
     for count in first.counts:
@@ -366,7 +362,7 @@ def _apart(read: Reader, first: _Slots, mine: _Sent, later: _Slots) -> bool:
     return later.start >= first.start and any(_counts(read, c, first, mine) for c in left)
 
 
-def _counts(read: Reader, count: Term, slots: _Slots, one: _Sent) -> bool:
+def _counts(read: Reader, count: Term, slots: _Slots, one: Sent) -> bool:
     """Is ``count`` how many pairs there are, or how many of them have a slot below a number, as those that are sent?"""
     (hit, *more) = [f for f in slots.mask.factors if f.hit is not None]
     own = [f for f in count.factors if f.hit is hit.hit and f.node is hit.node]
@@ -388,206 +384,34 @@ def _counts(read: Reader, count: Term, slots: _Slots, one: _Sent) -> bool:
         return False
     missing = set(slots.mask.masks) - set(placed.masks)
     further = set(placed.masks) - set(slots.mask.masks)
-    return not missing and all(f in one.known and _bound(read, f, slots, one) for f in further)
+    return not missing and all(f in one.known and _bound(read, f, slots.form, one) for f in further)
 
 
-def _bound(read: Reader, mask: Factor, slots: _Slots, one: _Sent) -> Any:
+def _bound(read: Reader, mask: Factor, form: frozenset[Term], one: Sent) -> Any:
     """C where ``mask`` is ``slot < C``; None where it is something else."""
     node = mask.node
     if node.target is not aten.lt.Scalar or len(node.args) != 2:
         return None
-    same = _form(read, node_arg(node, 0), mask.dims, one) == slots.form
+    same = _form(read, node_arg(node, 0), mask.dims, one) == form
     return node.args[1] if same else None
 
 
-def _prove(read: Reader, block: _Block) -> list[_Slots]:
-    """No two pairs that are sent have the same slot of an expert.  Raises Refusal."""
-    found = [_slots_of(read, block, one) for one in block.terms]
+def capacity_below(block: Block, mask: Factor, one: Sent) -> Any:
+    """C where ``mask`` is ``slot < C`` of the slots of ``one``; None where it is something else."""
+    return _bound(block.counts, mask, one.form, one)
+
+
+def _proved(block: Block) -> Block:
+    """No two pairs that are sent have the same slot of an expert.  Raises Refusal(PROOF)."""
+    found = [_slots_of(block, one) for one in block.terms]
     for i, one in enumerate(found):
         for j in range(i):
             ways = ((found[j], block.terms[j], one), (one, block.terms[i], found[j]))
-            if not any(_apart(read, *way) for way in ways):
+            if not any(_apart(block.counts, *way) for way in ways):
                 words = "that second choices get other slots than first ones is not proved"
                 _refuse(_SPELLING + words, block.terms[i].slots.node)
-    return found
-
-
-# -- pairs ---------------------------------------------------------------------------------------------------------------
-
-
-class _Pairs:
-    """What the experts give for each pair, and the sum of it.  Raises Refusal where that is not possible."""
-
-    def __init__(self, out: Emitter, read: Reader, block: _Block) -> None:
-        self.out, self.block = out, block
-        self.slots = _prove(Reader(counts=True), block)
-        self.origin = block.rows.meta.get("stack_trace")
-        self._below = 0
-        ids = [self._ids(one, slots) for one, slots in zip(block.terms, self.slots, strict=True)]
-        self.ids = self._joined([kept for kept, _ in ids])
-        self.weights = self._joined(
-            [self._weight(one, own) for one, (_, own) in zip(block.terms, ids, strict=True)]
-        )
-        self.tokens, self.top_k = value(self.ids).shape
-        self.flat_ids = out.view(self.ids, value(self.ids).reshape(-1), self.origin)
-        self.rows = self._of_tokens()
-        self._made: dict[fx.Node, fx.Node] = {block.rows: self.rows}
-        self._depends: dict[fx.Node, bool] = {block.rows: True}
-
-    def combined(self, node: fx.Node) -> fx.Node:
-        out, block, origin = self.out, self.block, node.meta.get("stack_trace")
-        y = self._of(block.y.node)
-        T, k, width = self.tokens, self.top_k, value(y).shape[-1]
-        per_token = out.view(y, value(y).reshape(T, k, width), origin)
-        weights = out.view(self.weights, value(self.weights).reshape(T, 1, k), origin)
-        made = torch.empty_like(value(weights), dtype=value(y).dtype)
-        weights = cast(out, weights, made, origin)
-        summed = value(per_token).new_empty((T, 1, width))
-        product = out.apply(aten.bmm.default, (weights, per_token), {}, summed, origin)
-        flat = out.view(product, summed.reshape(T, width), origin)
-        (h,) = block.y.dims[2]
-        return laid_out(out, Axes(flat, (*block.tokens, h), block.made.dims), origin)
-
-    # -- operands ----------------------------------------------------------------------------------------------------
-    def _ids(self, one: _Sent, slots: _Slots) -> tuple[fx.Node, fx.Node]:
-        """The ids [T, k] of one term, -1 where a pair is dropped, and those that the model has."""
-        own = kept = self._laid(one.ids, one, None, None)
-        read = Reader(counts=True)
-        bounds = [_bound(read, f, slots, one) for f in one.kept]
-        capacity = self.out.size(self.block.c.size)
-        masks = [self._laid(f, one, own, None) for f in one.kept]
-        if not any(b == capacity for b in bounds):
-            if not isinstance(capacity, int):
-                _refuse(_SPELLING + "the capacity is not a known size", one.slots.node)
-            place = self._laid(one.slots, one, own, None)
-            hit = torch.empty_like(value(place), dtype=torch.bool)
-            masks.append(self.out.emit(aten.lt.Scalar, (place, capacity), {}, hit, self.origin))
-        for mask in masks:
-            made = value(kept)
-            kept = self.out.emit(aten.where.ScalarOther, (mask, kept, -1), {}, made, self.origin)
-        return kept, own
-
-    def _weight(self, one: _Sent, ids: fx.Node) -> fx.Node:
-        """The weights [T, k] of one term, where a pair counts."""
-        found = [self._laid(f, one, ids, ids) for f in one.weights]
-        if not found:
-            dtype = value(self.block.y.node).dtype
-            made = torch.empty_like(value(ids), dtype=dtype)
-            kept = {"dtype": dtype, "device": made.device}
-            return self.out.emit(aten.full.default, (self.out.sizes(made), 1), kept, made, self.origin)
-        total, *more = found
-        for other in more:
-            made = value(total) * value(other)
-            total = arithmetic(self.out, aten.mul.Tensor, total, other, made, self.origin)
-        return total
-
-    def _laid(
-        self, factor: Factor, one: _Sent, ids: fx.Node | None, like: fx.Node | None
-    ) -> fx.Node:
-        """``factor`` [T, k], at the pair's own expert; [T, 1] where it is the same for all choices, unless ``like``."""
-        block, out, letters = self.block, self.out, set(factor.letters)
-        choice = (one.choice,) if one.choice in letters else ()
-        dims = [block.tokens, choice]
-        if block.e in letters:
-            dims.append((block.e,))
-        if letters != {a for d in dims for a in d}:
-            words = "a condition or a weight is not one of each token"
-            _refuse(_SPELLING + words, factor.node, Code.SPELLING)
-        made = laid_out(out, Axes(factor.node, factor.letters, tuple(dims)), self.origin)
-        if block.e in letters and factor.hit is not block.e:
-            assert ids is not None
-            made = self._at_own(made, ids)
-        if like is not None and not out.same_sizes(value(made).shape, value(like).shape):
-            wide = value(made).expand(value(like).shape)
-            made = out.apply(aten.expand.default, (made, out.sizes(wide)), {}, wide, self.origin)
-        return made
-
-    def _at_own(self, given: fx.Node, ids: fx.Node) -> fx.Node:
-        """given [T, k or 1, E] at ids [T, k]"""
-        out, found, at = self.out, value(given), value(ids)
-        if is_one(found.shape[1]) or is_one(at.shape[1]):
-            flat = out.view(given, found.reshape(found.shape[0], found.shape[2]), self.origin)
-            made = torch.empty_like(at, dtype=found.dtype)
-            return out.apply(aten.gather.default, (flat, 1, ids), {}, made, self.origin)
-        column = out.view(ids, at.unsqueeze(-1), self.origin)
-        made = torch.empty_like(value(column), dtype=found.dtype)
-        picked = out.apply(aten.gather.default, (given, 2, column), {}, made, self.origin)
-        return out.view(picked, torch.empty_like(at, dtype=found.dtype), self.origin)
-
-    def _joined(self, parts: list[fx.Node]) -> fx.Node:
-        if len(parts) == 1:
-            return parts[0]
-        made = torch.cat([value(p) for p in parts], dim=1)
-        return self.out.emit(aten.cat.default, (parts, 1), {}, made, self.origin)
-
-    def _of_tokens(self) -> fx.Node:
-        """The row of its token, for each pair."""
-        out, block, (T, k) = self.out, self.block, (self.tokens, self.top_k)
-        rest = tuple(a for a in block.x.letters if a not in block.tokens)
-        axes = Axes(block.x.node, block.x.letters, (block.tokens, rest))
-        x = laid_out(out, axes, self.origin)
-        column = out.view(x, value(x).unsqueeze(1), self.origin)
-        made = value(column).expand(T, k, -1)
-        wide = out.apply(aten.expand.default, (column, out.sizes(made)), {}, made, self.origin)
-        flat = out.view(wide, made.reshape(T * k, made.shape[-1]), self.origin)
-        whole = value(block.rows)
-        return cast(out, flat, torch.empty_like(value(flat), dtype=whole.dtype), self.origin)
-
-    # -- what the experts compute --------------------------------------------------------------------------------------
-    def _of(self, node: fx.Node) -> fx.Node:
-        """``node`` [E, C, F], whose rows are those of slots, as [T k, F]."""
-        if node not in self._made:
-            self._made[node] = self._computed(node)
-        return self._made[node]
-
-    def _computed(self, node: fx.Node) -> fx.Node:
-        found, args = value(node), node.args
-        origin = node.meta.get("stack_trace")
-        made = found.new_empty((self.tokens * self.top_k, found.shape[-1]))
-        if node.target is aten.bmm.default and not self._reads(node_arg(node, 1)):
-            self._below += 1
-            rows = self._of(node_arg(node, 0))
-            self._below -= 1
-            operands = (rows, self.flat_ids, args[1])
-            return self.out.apply(PAIR_LINEAR, operands, {}, made, origin)
-        if node.target is aten.slice.Tensor and args[1] == 2:
-            rows = self._of(node_arg(node, 0))
-            return self.out.apply(aten.slice.Tensor, (rows, 1, *args[2:]), {}, made, origin)
-        if is_pointwise(node.target) or node.target is aten._to_copy.default:
-            given = tuple(self._operand(a, node) if isinstance(a, fx.Node) else a for a in args)
-            return self.out.apply(node.target, given, dict(node.kwargs), made, origin)
-        words = f"`{name_of(node)}` is not known to keep rows apart"
-        _refuse(words, node, self._code())
-
-    def _operand(self, one: fx.Node, where: fx.Node) -> fx.Node:
-        found, shape = value(one), value(where).shape
-        if self._reads(one):
-            if found.dim() != 3 or not self.out.same_sizes(found.shape[:2], shape[:2]):
-                _refuse("rows are combined with each other", where, self._code())
-            return self._of(one)
-        if found.dim() < 2:
-            return one
-        if found.dim() == 3 and is_one(found.shape[1]) and same_sizes(found.shape[:1], shape[:1]):
-            flat = found.squeeze(1)
-            stack = self.out.view(one, flat, self.origin)
-            made = flat.new_empty((self.tokens * self.top_k, flat.shape[-1]))
-            return self.out.apply(
-                aten.index.Tensor, (stack, [self.flat_ids]), {}, made, self.origin
-            )
-        _refuse("rows of slots are combined with something else", where, self._code())
-
-    def _reads(self, node: fx.Node) -> bool:
-        """Does it depend on the rows?"""
-        todo = [node]
-        while todo:
-            at = todo[-1]
-            waiting = [a for a in at.all_input_nodes if a not in self._depends]
-            if at in self._depends or not waiting:
-                todo.pop()
-                self._depends.setdefault(at, any(self._depends[a] for a in at.all_input_nodes))
-            else:
-                todo += waiting
-        return self._depends[node]
-
-    def _code(self) -> Code:
-        return Code.ACTIVATION if self._below == 1 else Code.SPELLING
+    parts = zip(block.terms, found, strict=True)
+    terms = tuple(
+        dataclasses.replace(one, form=slots.form, fits=slots.fit([block.c])) for one, slots in parts
+    )
+    return dataclasses.replace(block, terms=terms)

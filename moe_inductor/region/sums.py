@@ -10,6 +10,7 @@ summed over.  A factor is a tensor that is not looked into, or a *hit*: is its e
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import fx
 
 from moe_inductor.region.axes import Atom, Axes, axes_of, same_extent
+from moe_inductor.region.counts import fill_of
 from moe_inductor.region.nodes import is_integral, node_arg, same_sizes, value, written
 from moe_inductor.region.rows import are_distinct
 from moe_inductor.region.sparse import matrix_of
@@ -240,8 +242,9 @@ class Reader:
 
     def added(self, a: Sum, b: Sum, times: float = 1) -> Sum:
         a, b = _aligned(a, b)
-        scaled = tuple(dataclasses.replace(t, times=times * t.times) for t in b.terms)
-        return Sum(_broadcast(a.dims, b.dims), (*a.terms, *scaled))
+        scaled = (dataclasses.replace(t, times=times * t.times) for t in b.terms)
+        terms = tuple(t for t in (*a.terms, *scaled) if t.times)
+        return Sum(_broadcast(a.dims, b.dims), terms)
 
 
 def whole(node: fx.Node) -> Sum:
@@ -336,7 +339,7 @@ def _cast(read: Reader, node: fx.Node) -> Sum | None:
     found = read(source)
     if made == torch.bool:
         return _nonzero(read, found)
-    if before == torch.bool or _is_hot(found):
+    if before == torch.bool or _is_small(found):
         return found
     if not before.is_floating_point:
         return found if made in (torch.int32, torch.int64) or made in EXACT else None
@@ -347,10 +350,15 @@ def _cast(read: Reader, node: fx.Node) -> Sum | None:
     return found if found.has_hits else None
 
 
-def _is_hot(found: Sum) -> bool:
-    """One product of masks: 0 or 1, which every type holds."""
-    (term, *more) = found.terms
-    return not more and term.times == 1 and bool(term.masks) and not (term.summed or term.numbers)
+def _is_small(found: Sum) -> bool:
+    """Sums of so few masks that every floating-point type holds them."""
+    most: Any = 0
+    for term in found.terms:
+        sizes = [a.size for a in term.summed]
+        if term.times != 1 or term.numbers or not all(isinstance(n, int) for n in sizes):
+            return False
+        most += math.prod(sizes)
+    return bool(most <= 256)
 
 
 @_reads(aten.ne.Scalar, aten.gt.Scalar)
@@ -389,27 +397,33 @@ def _one_hot(read: Reader, node: fx.Node) -> Sum | None:
         return None
     if same_sizes([size], [1]) or not is_integral(ids):
         return None
+    found = _hits(ids, size)
+    return Sum((*found.dims[:-2], found.dims[-1]), found.terms)
+
+
+def _hits(ids: fx.Node, size: Any) -> Sum:
+    """ids [.., k] == arange(size), [.., k, size]"""
     at, places = whole(ids), Atom(-1, size)
     (factor,) = at.terms[0].factors
-    hit = Factor(factor.node, factor.dims, places)
-    return Sum((*at.dims[:-1], (places,)), (Term(1, (hit,)),))
+    return Sum((*at.dims, (places,)), (Term(1, (Factor(factor.node, factor.dims, places),)),))
 
 
 @_reads(aten.scatter.src)
 def _scatter(read: Reader, node: fx.Node) -> Sum | None:
     """scatter(zeros, -1, ids, w)[.., e] = sum_j w[.., j] (ids[.., j] == e) for distinct ids"""
-    found = matrix_of(node)
-    if found is None or found.fill not in (0, False):
+    base, dim, ids, given = node.args
+    if not isinstance(ids, fx.Node) or not isinstance(given, fx.Node) or fill_of(base) != 0:
         return None
-    size = value(node).shape[-1]
-    at, places = whole(found.ids), Atom(-1, size)
-    (factor,) = at.terms[0].factors
-    hits = Sum(
-        (*at.dims, (places,)), (Term(1, (Factor(factor.node, factor.dims, places),)),)
-    )
-    scores = number(found.scores, len(at.dims))
-    if isinstance(found.scores, fx.Node):
-        scores = read(found.scores)
+    shape = value(node).shape
+    one = same_sizes(value(ids).shape[-1:], [1])  # whatever it is, once
+    if dim != len(shape) - 1 or not (one or are_distinct(ids, shape[-1])):
+        return None
+    if not same_sizes(value(ids).shape[:-1], shape[:-1]):
+        return None
+    hits, scores = _hits(ids, shape[-1]), read(given)
+    fill = fill_of(given)
+    if isinstance(fill, (bool, int, float)):
+        scores = number(fill, len(shape))
     made = read.product(hits, Sum((*scores.dims, ()), scores.terms))
     return _summed(made, [len(made.dims) - 2])
 
@@ -425,11 +439,7 @@ def _gather(read: Reader, node: fx.Node) -> Sum | None:
         return None
     if not are_distinct(ids, shape[-1]) or same_sizes(shape[-1:], [1]):
         return None
-    at, found, places = whole(ids), read(base), Atom(-1, shape[-1])
-    (factor,) = at.terms[0].factors
-    hits = Sum(
-        (*at.dims, (places,)), (Term(1, (Factor(factor.node, factor.dims, places),)),)
-    )
+    hits, found = _hits(ids, shape[-1]), read(base)
     made = read.product(hits, Sum((*found.dims[:-1], (), found.dims[-1]), found.terms))
     return _summed(made, [len(made.dims) - 1])
 

@@ -148,6 +148,8 @@ def _prove_blocks(
     canonical: Canonical, report: CompileReport, assumed: Assumed
 ) -> tuple[list[Bound], list[Refusal]]:
     refused: list[Refusal] = []
+    if canonical.region.has_slots and canonical.emitter.refused:
+        return [], canonical.emitter.refused  # there are no pairs without the slots
     proposals = propose(canonical, spellings(ExpertsSpelling), refused)
     while True:
         with _timed(report, "match"):
