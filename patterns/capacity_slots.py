@@ -3,14 +3,16 @@
     rows = torch.einsum("tec,th->ech", combine.bool().type_as(x), x)
     out = torch.einsum("tec,ech->th", combine, experts(rows))
 
-``combine [T, E, C]`` holds the weight of a token where it has a slot of an expert.  Slots are counted by a cumulated sum
-of one-hot masks, and what is beyond the capacity ``C`` is dropped.  That no two tokens share a slot is shown, and the
-masks are gone in the normal form (``region/slots.py``), so the reference says what is left: each pair's row through its
-own expert, the id of a pair that was dropped being -1, and one product with the weights.
+``combine [T, E, C]`` holds the weight of a token where it has a slot of an expert.  Slots are counted by a cumulated
+sum of one-hot masks, and what is beyond the capacity ``C`` is dropped.  That no two tokens share a slot is shown, and
+the masks are gone in the normal form (``region/slots.py``).  So the reference says what is left: each pair's row
+through its own expert and one product with the weights, where a pair that was dropped has the id -1 and weighs zero.
 
-A pair that was dropped adds nothing, to the result or to a gradient.  In eager it adds zero times what is in its
-expert's slots, so an infinity there is a NaN in the results of all tokens in eager, and of its own token here.
+A pair that was dropped adds nothing, to the result or to a gradient.  In eager it adds zero times what is in the slots
+of all experts: an infinity there is a NaN in the results of all tokens in eager, and in those of its own token here.
 """
+
+import math
 
 import torch
 from moe_inductor.patterns import _blocks
@@ -30,7 +32,8 @@ def reference(x, topk_ids, topk_weights, experts):
         return linear_of_pairs(operand, ids, weight, bias)
 
     y = experts(rows, linear).view(T, k, -1)
-    return torch.bmm(topk_weights.unsqueeze(1).to(y.dtype), y).squeeze(1)
+    weights = topk_weights.masked_fill(topk_ids < 0, 0)
+    return torch.bmm(weights.unsqueeze(1).to(y.dtype), y).squeeze(1)
 
 
 class Slots(_blocks.Block):
@@ -39,20 +42,23 @@ class Slots(_blocks.Block):
     capacity = 9
     transposed = True
 
+    def room(self, tokens):
+        """As many slots as an expert has for so many tokens."""
+        room = math.floor(self.k * 0.7 * tokens / NUM_EXPERTS)
+        return max(room + room % 2, 4)
+
     def route(self, logits):
         topk_logits, topk_ids = torch.topk(logits, self.k, dim=-1)
         scores = torch.full_like(logits, float("-inf")).scatter_(-1, topk_ids, topk_logits)
         return F.softmax(scores, dim=-1), topk_ids
 
-    def kept(self, mask, rank):
-        return mask * torch.lt(rank, self.capacity)
-
     def masks(self, scores, topk_ids):
+        capacity = self.room(len(scores))
         mask = F.one_hot(topk_ids, NUM_EXPERTS).permute(1, 0, 2)
         rank = torch.cumsum(mask.reshape(-1, NUM_EXPERTS), dim=0) - 1
         rank = rank.reshape(self.k, -1, NUM_EXPERTS)
-        mask = self.kept(mask, rank)
-        slots = F.one_hot(torch.sum(mask * rank, dim=-1), self.capacity)
+        mask *= torch.lt(rank, capacity)
+        slots = F.one_hot(torch.sum(mask * rank, dim=-1), capacity)
         weights = mask * scores[None, :]
         combine = torch.sum(weights.unsqueeze(3) * slots.unsqueeze(2), dim=0)
         return combine.bool(), combine
@@ -68,7 +74,7 @@ class Slots(_blocks.Block):
         return y + self.down_bias[:, None] if self.biased else y
 
     def combine(self, weights, y):
-        return weights.view(-1, NUM_EXPERTS * self.capacity) @ y.view(-1, HIDDEN)
+        return weights.view(weights.shape[0], -1) @ y.view(-1, HIDDEN)
 
     def experts(self, x, topk_ids, scores):
         sent, weights = self.masks(scores, topk_ids)
@@ -485,10 +491,10 @@ class SlotsScored(Slots):
 
     def __init__(self):
         super().__init__()
-        self.places = nn.Parameter(torch.randn(NUM_EXPERTS, self.capacity, HIDDEN))
+        self.places = nn.Parameter(torch.randn(NUM_EXPERTS, 999, HIDDEN))
 
     def mlp(self, rows):
-        return super().mlp(rows + self.places)
+        return super().mlp(rows + self.places[:, : rows.shape[1]])
 
 
 class SlotsOfOthers(Slots):

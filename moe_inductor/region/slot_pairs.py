@@ -14,11 +14,12 @@ from torch import fx
 
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.axes import Axes, laid_out
+from moe_inductor.region.masks import Reader
 from moe_inductor.region.nodes import location, name_of, node_arg, same_sizes, value
 from moe_inductor.region.normalise import Emitter, arithmetic, cast, is_one, rule
 from moe_inductor.region.pairs import PAIR_LINEAR, Order, Unsorting, is_pointwise
 from moe_inductor.region.slots import Block, Sent, block_of, capacity_below, may_be_slots
-from moe_inductor.region.sums import Factor, Reader
+from moe_inductor.region.sums import Factor
 
 aten = torch.ops.aten
 
@@ -59,7 +60,8 @@ class _Operands:
         y = SlotRows(out, block, self.ids, self.rows).rows(block.y.node)
         (T, k), width = value(self.ids).shape, value(y).shape[-1]
         per_token = out.view(y, value(y).reshape(T, k, width), origin)
-        weights = out.view(self.weights, value(self.weights).reshape(T, 1, k), origin)
+        weights = self._zeroed()
+        weights = out.view(weights, value(weights).reshape(T, 1, k), origin)
         made = torch.empty_like(value(weights), dtype=value(y).dtype)
         weights = cast(out, weights, made, origin)
         summed = value(per_token).new_empty((T, 1, width))
@@ -67,6 +69,14 @@ class _Operands:
         flat = out.view(product, summed.reshape(T, width), origin)
         (h,) = block.y.dims[2]
         return laid_out(out, Axes(flat, (*block.tokens, h), block.made.dims), origin)
+
+    def _zeroed(self) -> fx.Node:
+        """The weights, zero where a pair is dropped."""
+        out, made = self.out, value(self.weights)
+        hit = torch.empty_like(made, dtype=torch.bool)
+        gone = out.apply(aten.lt.Scalar, (self.ids, 0), {}, hit, self.origin)
+        operands = (self.weights, gone, 0)
+        return out.apply(aten.masked_fill.Scalar, operands, {}, made, self.origin)
 
     def _kept(self, one: Sent, ids: fx.Node) -> fx.Node:
         """The ids of one term, -1 where a pair is dropped."""
@@ -231,8 +241,8 @@ class SlotRows(Unsorting):
             if not same_sizes(found.shape[:-1], value(where).shape[:-1]):
                 self._refuse(self._code(), "rows are combined with each other", where)
             return self._inner(column)
-        same = all(n is one for n in column)
-        if found.dim() == 0 and same or found.dim() == 1 and same and not _of_one_expert(one):
+        of_one = one.target is aten.select.int and len(column) > 1
+        if found.dim() < 2 and not of_one and all(n is one for n in column):
             return one
         if len(nodes) > 1 and found.dim() == 1:
             stack = self._stacked(column, where)
@@ -263,10 +273,6 @@ def _expert(node: fx.Node) -> Any:
         if isinstance(start, int) and isinstance(end, int) and end == start + 1:
             return start
     return None
-
-
-def _of_one_expert(node: fx.Node) -> bool:
-    return node.target is aten.select.int
 
 
 def _constants(node: fx.Node) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Experts whose tokens are sent to slots ``[E, C]`` by products with masks (GShard, Switch, nanoMoE): they become pairs.
+"""Experts whose tokens are sent to slots ``[E, C]`` by products with masks (GShard, nanoMoE): they become pairs.
 
     rows = einsum("tec,th->ech", dispatch, x)
     out = einsum("tec,ech->th", combine, experts(rows))
@@ -33,8 +33,9 @@ from torch import fx
 
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.axes import Atom, axes_of, same_extent
+from moe_inductor.region.masks import EXACT, Reader
 from moe_inductor.region.nodes import location, node_arg, same_sizes, value
-from moe_inductor.region.sums import EXACT, Dims, Factor, Letters, Reader, Sum, Term, Unread, fitted
+from moe_inductor.region.sums import Dims, Factor, Letters, Sum, Term, Unread, fitted
 
 aten = torch.ops.aten
 
@@ -191,7 +192,9 @@ def _sent(
     for one in terms:
         placed = [p for t in made.terms if (p := _placed(t, one, y)) is not None]
         if len(placed) != 1:
-            _refuse(_SPELLING + "the slots that are read are others than those that are weighted", rows)
+            _refuse(
+                _SPELLING + "the slots that are read are others than those that are weighted", rows
+            )
         (term,) = placed
         sent = tuple(f for f in term.masks if f.hit is None)
         if not set(sent) <= set(one.kept):
@@ -292,10 +295,10 @@ def _slots_of(block: Block, one: Sent) -> _Slots:
         told_apart |= set(filter(None, [one.choice]))
     if not ours or not pair <= told_apart:
         _refuse(_SHARED, where)
-    number = constant + (1 if inclusive else 0)
-    if number < 0 or any(t.times != 1 for t in counts):
+    start = constant + (1 if inclusive else 0)
+    if start < 0 or any(t.times != 1 for t in counts):
         _refuse(_SPELLING + "slots may be negative", where)
-    return _Slots(form, mask, counted, number, counts)
+    return _Slots(form, mask, counted, start, counts)
 
 
 def _form(read: Reader, node: fx.Node, dims: Dims, one: Sent) -> frozenset[Term] | None:
@@ -333,7 +336,11 @@ def _cumulated(read: Reader, place: Factor) -> tuple[Term, int, bool] | None:
         rank, size = value(node).dim(), value(place.node).shape[dim]
         wanted = [0] * (2 * rank)
         wanted[2 * (rank - 1 - dim)] = 1
-        if not isinstance(pads, (list, tuple)) or list(pads) != wanted[: len(pads)] or 1 not in pads:
+        if (
+            not isinstance(pads, (list, tuple))
+            or list(pads) != wanted[: len(pads)]
+            or 1 not in pads
+        ):
             return None
         if (source.args[2:] or (0,))[0] != 0 or list(padded[:2]) != [dim, 0]:
             return None
