@@ -36,6 +36,7 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 NAMES = {
     "ours_per_expert": "ours, weights as a list",
+    "ours_batch_invariant": "ours, batch-invariant",
     "hf_compiled": "HF grouped_mm compiled",
     "hf_eager": "HF eager loop",
     "triton_kernels": "triton_kernels",
@@ -124,6 +125,7 @@ def musts_table(cells: list[dict[str, Any]]) -> list[str]:
 
 def summary_table(cells: list[dict[str, Any]], roofline: bool) -> list[str]:
     loop = all("hf_eager" in c["us"] for c in cells)
+    invariant = all("ours_batch_invariant" in c["us"] for c in cells)
 
     def row(name: str, chosen: list[dict[str, Any]]) -> list[str]:
         best = [over_best(c) for c in chosen]
@@ -135,12 +137,14 @@ def summary_table(cells: list[dict[str, Any]], roofline: bool) -> list[str]:
             *([f"{geomean(map(over('hf_eager'), chosen)):.1f}x"] if loop else []),
             *([f"{geomean(c['roofline_fraction'] for c in chosen):.2f}"] if roofline else []),
             f"{geomean(map(over('ours_per_expert'), chosen)):.3f}",
+            *([f"{geomean(map(over('ours_batch_invariant'), chosen)):.3f}"] if invariant else []),
         ]
 
     rows = [row(str(T), [c for c in cells if c["T"] == T]) for T in sorted({c["T"] for c in cells})]
     header = ["T", "vs best peer", "worst shape", "vs HF compiled"]
     header += ["vs HF eager loop"] if loop else []
     header += [*(["of roofline"] if roofline else []), "list / stacked time"]
+    header += ["batch-invariant / default time"] if invariant else []
     return table(header, [*rows, row("all", cells)])
 
 
