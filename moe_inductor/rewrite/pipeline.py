@@ -123,7 +123,7 @@ def _fuse_region(
         try:
             with _timed(report, "rewrite"):
                 check_support(bound, canonical.source_of(bound.output))
-                rewriter = Rewriter(canonical)
+                rewriter = Rewriter(canonical, options.batch_invariant)
                 rewriter.fuse_experts(bound)
         except Refusal as refusal:
             report.blocks.append(_not_fused(region, [refusal], bound))

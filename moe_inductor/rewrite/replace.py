@@ -56,6 +56,7 @@ class Rewriter:
     """Rewrites one region.  All checks of a rewrite come before its first change."""
 
     canonical: Canonical
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         region = self.canonical.region
@@ -145,6 +146,7 @@ class Rewriter:
                 *each(lambda w: self._biases(w, inputs, moe.experts)),
                 moe.experts.layout == "interleaved",
                 moe.combine.weight_on == "input",
+                self.batch_invariant,
             )
         self._finish(anchor, outputs[0])
         # Where the model holds [T, H] it is that, though torch may know a size as a quotient of counts only.
