@@ -12,8 +12,6 @@ A pair that was dropped adds nothing, to the result or to a gradient.  In eager 
 of all experts: an infinity there is a NaN in the results of all tokens in eager, and in those of its own token here.
 """
 
-import math
-
 import torch
 from moe_inductor.patterns import _blocks
 from moe_inductor.patterns._blocks import HIDDEN, NUM_EXPERTS
@@ -44,7 +42,7 @@ class Slots(_blocks.Block):
 
     def room(self, tokens):
         """As many slots as an expert has for so many tokens."""
-        room = math.floor(self.k * 0.7 * tokens / NUM_EXPERTS)
+        room = int(self.k * 0.7 * tokens / NUM_EXPERTS)
         return max(room + room % 2, 4)
 
     def route(self, logits):
@@ -166,6 +164,9 @@ class Groups(Slots):
         y = self.mlp(rows.reshape(NUM_EXPERTS, -1, HIDDEN)).reshape(shape)
         return torch.einsum("ebcd,bnec->bnd", y, weights).flatten(0, 1)
 
+    def both(self, first, second):
+        return first + second
+
     def before(self, mask):
         return F.pad(mask, (0, 0, 1, 0)).cumsum(-2)[..., :-1, :]
 
@@ -194,7 +195,8 @@ class Groups(Slots):
             masks = gate[..., None, None] * flat[..., None, None]
             return masks * F.one_hot(index, NUM_EXPERTS)[..., None] * slots[..., None, :]
 
-        combine = one(gate1, flat1, index1, place1) + one(gate2, flat2, index2, place2)
+        first, second = one(gate1, flat1, index1, place1), one(gate2, flat2, index2, place2)
+        combine = self.both(first, second)
         return combine.bool().to(combine), combine
 
 
@@ -206,10 +208,13 @@ class OneGate(Gates):
     def route(self, logits):
         return None, torch.argmax(self.scores(logits), dim=1, keepdim=True)
 
+    def before(self, mask):
+        return torch.cumsum(mask, dim=0) - mask
+
     def masks(self, logits):
         gates = self.scores(logits)
         mask = F.one_hot(torch.argmax(gates, dim=1), NUM_EXPERTS).float()
-        place = torch.cumsum(mask, dim=0) * mask - mask
+        place = self.before(mask) * mask
         mask = mask * (place < self.capacity)
         slots = F.one_hot((place * mask).sum(dim=1).long(), self.capacity).float()
         sent = mask.unsqueeze(-1) * slots.unsqueeze(1)
@@ -375,6 +380,49 @@ class OffsetOfSome(Gates):
         return torch.sum(kept, dim=0, keepdim=True)
 
 
+class OffsetOfToken(Gates):
+    """Some tokens stand one place behind, where the next ones are."""
+
+    def before(self, mask):
+        return super().before(mask) + (torch.cumsum(mask, dim=1) > 0).sum(1, keepdim=True) % 2
+
+
+class PlaceOfScore(OneGate):
+    """Tokens of which the expert is sure stand one place behind, where the next ones are."""
+
+    def before(self, mask):
+        return super().before(mask) + self.sure.unsqueeze(1)
+
+    def masks(self, logits):
+        self.sure = self.scores(logits).amax(dim=1) > 0.4
+        return super().masks(logits)
+
+
+class OffsetOfSent(Gates):
+    """First choices are dropped here and there, and those are counted as if they were beyond the capacity."""
+
+    def masks(self, logits):
+        self.some = (self.scores(logits)[:, :1] < 0.25).long()
+        return super().masks(logits)
+
+    def fits(self, mask, place):
+        if hasattr(self, "kept"):
+            return super().fits(mask, place)
+        behind = place * self.some + 99 - 99 * self.some
+        self.kept = mask * torch.lt(behind, self.capacity)
+        return self.kept * self.some
+
+    def offset(self, masks, kept):
+        made = torch.sum(self.kept, dim=0, keepdim=True)
+        return made
+
+    def slot(self, place, mask):
+        made = super().slot(place, mask)
+        if hasattr(self, "kept"):
+            del self.kept
+        return made
+
+
 class Clamped(Gates):
     """All that are beyond the capacity share the last slot."""
 
@@ -464,6 +512,25 @@ class Sequences(Groups):
         sent, weights = (m.type_as(x) for m in self.masks(self.gate(x)))
         y = self.mlp(torch.einsum("bnd,bnec->ecd", x, sent))
         return torch.einsum("ecd,bnec->bnd", y, weights).flatten(0, 1)
+
+
+class SequencesOfOne(Sequences):
+    """First choices alone."""
+
+    def both(self, first, second):
+        return first
+
+
+class SomeCounted(OneGate):
+    """Tokens that are not counted have the place of the next one that is."""
+
+    def before(self, mask):
+        counted = mask * self.sure.unsqueeze(1)
+        return torch.cumsum(counted, dim=0) - counted
+
+    def masks(self, logits):
+        self.sure = self.scores(logits).amax(dim=1) > 0.4
+        return super().masks(logits)
 
 
 class SameTwice(Chosen):
@@ -569,6 +636,9 @@ CAPACITY_SLOTS = ExpertsSpelling(
         NearMiss(name="offset_of_all", build=OffsetOfAll, code="PROOF"),
         NearMiss(name="offset_of_fewer", build=OffsetOfFewer, code="PROOF"),
         NearMiss(name="offset_of_some", build=OffsetOfSome, code="PROOF"),
+        NearMiss(name="offset_of_token", build=OffsetOfToken, code="PROOF"),
+        NearMiss(name="place_of_score", build=PlaceOfScore, code="PROOF"),
+        NearMiss(name="offset_of_sent", build=OffsetOfSent, code="PROOF"),
         NearMiss(name="clamped", build=Clamped, code="PROOF"),
         NearMiss(name="around", build=Around, code="PROOF"),
         NearMiss(name="sent_anyway", build=SentAnyway, code="PROOF"),
@@ -580,6 +650,8 @@ CAPACITY_SLOTS = ExpertsSpelling(
         NearMiss(name="may_be_zero", build=MayBeZero, code="SPELLING"),
         NearMiss(name="not_positive", build=NotPositive, code="SPELLING"),
         NearMiss(name="sequences_share_slots", build=Sequences, code="PROOF"),
+        NearMiss(name="sequences_of_one_share_slots", build=SequencesOfOne, code="PROOF"),
+        NearMiss(name="some_counted", build=SomeCounted, code="PROOF"),
         NearMiss(name="same_expert_twice", build=SameTwice, code="SPELLING"),
         NearMiss(name="slots_mixed", build=SlotsMixed, code="ACTIVATION"),
         NearMiss(name="slots_scored", build=SlotsScored, code="SPELLING"),

@@ -74,6 +74,19 @@ class Reader:
         terms = tuple(_times(s, t) for s in a.terms for t in b.terms)
         return Sum(_broadcast(a.dims, b.dims), terms)
 
+    def matmul(self, one: fx.Node, other: fx.Node) -> Sum | None:
+        """The product of two matrices, or of batches of them, if there are hits in it.  Raises Unread."""
+        a, b = self(one), self(other)
+        if not (a.has_hits or b.has_hits):
+            return None
+        *batch, rows, inner = a.dims
+        left = Sum((*batch, rows, inner, ()), a.terms)
+        *batch, inner, columns = b.dims
+        right = Sum((*batch, (), inner, columns), b.terms)
+        made = self.product(left, right)
+        made = _summed(made, [len(made.dims) - 2])
+        return Sum(made.dims, tuple(t.merged() for t in made.terms))
+
     def added(self, a: Sum, b: Sum, times: float = 1) -> Sum:
         a, b = _aligned(a, b)
         scaled = (dataclasses.replace(t, times=times * t.times) for t in b.terms)
@@ -284,6 +297,9 @@ def _gather(read: Reader, node: fx.Node) -> Sum | None:
 def _mul(read: Reader, node: fx.Node) -> Sum | None:
     if node.kwargs or len(node.args) != 2:
         return None
+    is_and = node.target in (aten.bitwise_and.Tensor, aten.logical_and.default)
+    if is_and and any(value(n).dtype != torch.bool for n in node.all_input_nodes):
+        return None
     a, b = (_operand(read, n) for n in node.args)
     if a is None or b is None or read.leaves(a, b):
         return None
@@ -309,7 +325,7 @@ def _operand(read: Reader, item: Any) -> Sum | None:
 
 @_reads(aten.sum.dim_IntList)
 def _sum(read: Reader, node: fx.Node) -> Sum | None:
-    if node.kwargs or len(node.args) not in (2, 3):
+    if node.kwargs or len(node.args) not in (2, 3) or not node.args[1]:
         return None
     dims, keeps = node.args[1], node.args[2:] == (True,)
     return _summed(read(node_arg(node, 0)), dims, keeps)  # type: ignore[arg-type]
@@ -329,12 +345,4 @@ def _summed(found: Sum, dims: Sequence[int], keeps: bool = False) -> Sum:
 
 @_reads(aten.bmm.default, aten.mm.default)
 def _product(read: Reader, node: fx.Node) -> Sum | None:
-    a, b = (read(node_arg(node, i)) for i in range(2))
-    if not (a.has_hits or b.has_hits):
-        return None
-    *batch, rows, inner = a.dims
-    left = Sum((*batch, rows, inner, ()), a.terms)
-    *batch, inner, columns = b.dims
-    right = Sum((*batch, (), inner, columns), b.terms)
-    made = read.product(left, right)
-    return _summed(made, [len(made.dims) - 2])
+    return read.matmul(node_arg(node, 0), node_arg(node, 1))

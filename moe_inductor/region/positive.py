@@ -83,7 +83,7 @@ def positive(node: Any) -> bool:
     if target in _KEEPS_SIGN:
         return bool(value(node).dtype.is_floating_point) and positive(node.args[0])
     if target is operator.getitem:
-        return node.args[1] == 0 and _are_positive(node_arg(node, 0))
+        return bool(node.args[1] == 0) and _are_positive(node_arg(node, 0))
     if target in (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar):
         return len(node.args) == 2 and all(map(positive, node.args))
     if target in (aten.add.Tensor, aten.add.Scalar):

@@ -30,11 +30,9 @@ def _combined(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     where y is what the experts of each pair give"""
     if not any(map(may_be_slots, args)):
         return None
-    origin = node.meta.get("stack_trace")
-    product = out.emit(node.target, args, kwargs, value(node), origin)
     try:
-        block = block_of(Reader(), product)
-        return None if block is None else _Operands(out, block, origin).combined()
+        block = block_of(Reader(), *args)
+        return None if block is None else _Operands(out, block, _origin(node)).combined()
     except Refusal as refusal:
         out.refused.append(refusal)
         return None

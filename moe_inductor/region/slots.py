@@ -77,6 +77,10 @@ class Sent:
     fits: bool = False
 
     @property
+    def choices(self) -> Letters:
+        return () if self.choice is None else (self.choice,)
+
+    @property
     def known(self) -> set[Factor]:
         """Masks that are 1 where a row is sent."""
         return {self.ids, *self.sent}
@@ -104,12 +108,15 @@ class Block:
         return tuple(a for a in self.y.dims[1] if a is not self.c)
 
 
-def block_of(read: Reader, node: fx.Node) -> Block | None:
-    """What ``node`` is, if it is a product with what experts made of slots, which are shown to differ.
+def block_of(read: Reader, one: fx.Node, other: fx.Node) -> Block | None:
+    """What the product of two matrices is, if one is what experts made of slots, which are shown to differ.
 
     Raises Refusal (PROOF, SPELLING, INPUTS_DIFFER)."""
-    made = read(node)
-    if not made.has_hits:
+    try:
+        made = read.matmul(one, other)
+    except Unread:
+        return None
+    if made is None:
         return None
     leaves = [f for t in made.terms for f in t.numbers]
     found = {f.node: rows for f in leaves if (rows := _rows_of(read, f.node)) is not None}
@@ -117,7 +124,7 @@ def block_of(read: Reader, node: fx.Node) -> Block | None:
         return None
     ((given, rows),) = found.items()
     ys = {f for f in leaves if f.node is given}
-    where = node
+    where = given
     if len(ys) != 1 or value(given).dim() != 3:
         return None
     (y,) = ys
@@ -183,8 +190,8 @@ def _sent(
     """The tokens, and ``terms`` with the masks of what is sent.  Raises Refusal."""
     try:
         own = read(rows)
-        made = own.over((*y.dims[:2], own.dims[2]))
-    except Unread:
+        made = own.over((*y.dims[:2], *own.dims[2:]))
+    except (Unread, ValueError):  # other dimensions, or not as many
         _refuse(_SPELLING + "the slots that are read are others than those that are weighted", rows)
     if len(made.terms) != len(terms):
         _refuse(_SPELLING + "not as many choices are sent as are weighted", rows)
@@ -200,14 +207,17 @@ def _sent(
         if not set(sent) <= set(one.kept):
             words = "tokens are sent to the experts under other conditions than they are weighted"
             _refuse(_SPELLING + words, rows)
-        if term.times != 1 or len(term.numbers) != 1 or len(term.hits(one.ids.hit)) != 1:  # type: ignore[arg-type]
-            _refuse(_SPELLING + "what is sent is not the tokens as they are", rows, Code.SPELLING)
         (x,) = term.numbers
-        gone = {*term.summed, *y.letters}
-        if not {*tokens, *filter(None, [one.choice])} <= gone or set(term.summed) & set(y.letters):
-            _refuse(_SPELLING + "what is sent is not the tokens as they are", rows, Code.SPELLING)
-        rest = [a for a in x.letters if a not in tokens]
-        if set(x.letters) != {*tokens, *made.dims[2]} or rest != list(made.dims[2]):
+        hits = {f for f in term.masks if f.hit is not None}
+        pairs = {*tokens, *one.choices}
+        rest = tuple(a for a in x.letters if a not in tokens)
+        if (
+            term.times != 1
+            or hits != {one.ids, one.slots}
+            or set(term.summed) != pairs - set(y.letters)
+            or set(x.letters) != {*tokens, *rest}
+            or rest != made.dims[2]
+        ):
             _refuse(_SPELLING + "what is sent is not the tokens as they are", rows, Code.SPELLING)
         xs.add(x)
         found.append(dataclasses.replace(one, sent=sent))
@@ -244,7 +254,8 @@ def _placed(term: Term, one: Sent, y: Factor) -> Term | None:
 class _Slots:
     """``slot = F - 1 + start + counts``, of pairs that are sent.
 
-    mask: the term m that F cumulates, over ``counted``, the atoms of the pairs, and ``groups``, each by itself.
+    mask: the term m that F cumulates, over ``counted``, atoms of the pairs.  counts: the same for all pairs of an
+    expert.  member: the pairs where m is 1, be they sent or not.
     """
 
     form: frozenset[Term]
@@ -252,6 +263,7 @@ class _Slots:
     counted: Letters
     start: float
     counts: tuple[Term, ...]
+    member: Sent
 
     def fit(self, places: Sequence[Atom]) -> bool:
         """Is there a place for every pair, whoever chooses what?"""
@@ -289,16 +301,19 @@ def _slots_of(block: Block, one: Sent) -> _Slots:
         and not joined.summed
         and set(joined.masks) <= one.known
     )
-    pair = {*block.tokens, *filter(None, [one.choice])}
+    pair = {*block.tokens, *one.choices}
     told_apart = {*counted, *groups}
     if mask.summed:  # over the choices of a token, of which no two have one expert
-        told_apart |= set(filter(None, [one.choice]))
-    if not ours or not pair <= told_apart:
+        told_apart |= set(one.choices)
+    of_expert = {block.e, *block.batch}
+    same = all(set(t.letters) - set(t.summed) <= of_expert for t in counts)
+    if not ours or not same or not pair <= told_apart:
         _refuse(_SHARED, where)
     start = constant + (1 if inclusive else 0)
     if start < 0 or any(t.times != 1 for t in counts):
         _refuse(_SPELLING + "slots may be negative", where)
-    return _Slots(form, mask, counted, start, counts)
+    member = dataclasses.replace(one, sent=tuple(f for f in joined.masks if f != one.ids))
+    return _Slots(form, mask, counted, start, counts, member)
 
 
 def _form(read: Reader, node: fx.Node, dims: Dims, one: Sent) -> frozenset[Term] | None:
@@ -307,17 +322,13 @@ def _form(read: Reader, node: fx.Node, dims: Dims, one: Sent) -> frozenset[Term]
         found = read(node).over(dims)
     except Unread:
         return None
-    totals: dict[tuple[frozenset[Factor], tuple[Factor, ...], Letters], float] = {}
+    totals: dict[Term, float] = {}
     for term in found.terms:
-        joined = Term(term.times, (one.ids, *term.factors), term.summed).merged()
-        masks = frozenset(f for f in joined.masks if f not in one.known)
-        key = (masks, joined.numbers, joined.summed)
-        totals[key] = totals.get(key, 0) + joined.times
-    return frozenset(
-        read.named(Term(times, (*sorted(masks, key=lambda f: f.node.name), *numbers), summed))
-        for (masks, numbers, summed), times in totals.items()
-        if times
-    )
+        joined = Term(1, (one.ids, *term.factors), term.summed).merged()
+        masks = sorted(set(joined.masks) - one.known, key=lambda f: f.node.name)
+        name = read.named(Term(1, (*masks, *joined.numbers), joined.summed))
+        totals[name] = totals.get(name, 0) + term.times
+    return frozenset(dataclasses.replace(t, times=n) for t, n in totals.items() if n)
 
 
 def _cumulated(read: Reader, place: Factor) -> tuple[Term, int, bool] | None:
@@ -328,7 +339,7 @@ def _cumulated(read: Reader, place: Factor) -> tuple[Term, int, bool] | None:
     if node.target is not aten.cumsum.default or value(node).dtype not in _COUNTS:
         return None
     source, dim = node_arg(node, 0), node.args[1]
-    if not isinstance(dim, int) or value(source).dtype in (torch.bfloat16, torch.float16):
+    if not isinstance(dim, int):
         return None
     dim %= value(node).dim()
     if padded is not None:
@@ -391,7 +402,10 @@ def _counts(read: Reader, count: Term, slots: _Slots, one: Sent) -> bool:
         return False
     missing = set(slots.mask.masks) - set(placed.masks)
     further = set(placed.masks) - set(slots.mask.masks)
-    return not missing and all(f in one.known and _bound(read, f, slots.form, one) for f in further)
+    # It has to be the slot of whoever is counted.
+    return not missing and all(
+        f in one.known and _bound(read, f, slots.form, slots.member) is not None for f in further
+    )
 
 
 def _bound(read: Reader, mask: Factor, form: frozenset[Term], one: Sent) -> Any:

@@ -63,6 +63,10 @@ class Term:
     summed: Letters = ()
 
     @property
+    def letters(self) -> Letters:
+        return tuple(a for f in self.factors for a in (*f.letters, *([f.hit] if f.hit else ())))
+
+    @property
     def masks(self) -> tuple[Factor, ...]:
         return tuple(f for f in self.factors if f.is_mask)
 
