@@ -107,10 +107,16 @@ def _made_of(mask: fx.Node) -> set[fx.Node]:
 
 
 def _is_choice(node: fx.Node) -> bool:
-    if name_of(node) not in _CHOICES or not node.all_input_nodes:
+    """Positions along the last dimension, which is that of the experts."""
+    name = name_of(node)
+    if name not in _CHOICES or not node.all_input_nodes:
         return False
     scores = node.all_input_nodes[0]
-    return is_tensor(scores) and value(scores).dim() >= 2 and is_floating(scores)
+    if not is_tensor(scores) or value(scores).dim() < 2 or not is_floating(scores):
+        return False
+    place, unsaid = (2, -1) if name == "topk" else (1, None)
+    dim = node.kwargs.get("dim", node.args[place] if len(node.args) > place else unsaid)
+    return dim in (-1, value(scores).dim() - 1)
 
 
 def _is_input(node: fx.Node) -> bool:
