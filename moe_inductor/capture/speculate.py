@@ -227,6 +227,8 @@ def _before(attempt: scope.Attempt, tx: Any, coming: Any) -> Callable[[], None] 
         if _is_subscript(coming) or coming.opname == "STORE_SUBSCR":
             _index_by_row(tx, coming)
         _use_of_rolled(tx, coming)
+    elif coming.opname.startswith("FORMAT_"):
+        _format_of_rolled(tx, coming)
     if coming.opname == "CALL" and any(_function_of(f) is len for f in tx.stack[-3:-1]):
         _note_length_of_pieces(attempt, tx.stack[-1], _location(tx, coming))
     return None
@@ -316,6 +318,16 @@ def _use_of_rolled(tx: Any, coming: Any) -> None:
     beside_tensor &= not any(row.dims for row in rows)
     if beside_tensor or (coming.opname == "COMPARE_OP" and tested):
         stack[-2:] = [v.number if _is(v, rolled.RolledIndex) else v for v in stack[-2:]]
+
+
+def _format_of_rolled(tx: Any, coming: Any) -> None:
+    """``f"expert_{e}"`` needs the number.  Torch 2.11 would put the row into a string that it then cannot look up."""
+    has_spec = coming.opname == "FORMAT_WITH_SPEC" or (
+        coming.opname == "FORMAT_VALUE" and coming.arg & 0x04
+    )
+    row = tx.stack[-2 if has_spec else -1]
+    if _is(row, rolled.RolledIndex):
+        row.refuse("a string")
 
 
 def _answer_test(attempt: scope.Attempt, tx: Any, jump: Any) -> None:

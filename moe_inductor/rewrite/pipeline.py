@@ -40,7 +40,8 @@ from moe_inductor.region.find import (
 from moe_inductor.region.nodes import location, value
 from moe_inductor.region.slots import sent_to_slots
 from moe_inductor.region.thresholds import chosen_by_experts, kept_by_threshold
-from moe_inductor.rewrite.replace import Rewriter
+from moe_inductor.rewrite.experts import ExpertsRewriter
+from moe_inductor.rewrite.router import RouterRewriter
 from moe_inductor.rewrite.support import check_support
 
 if TYPE_CHECKING:
@@ -156,8 +157,7 @@ def _fuse_region(
         try:
             with _timed(report, "rewrite"):
                 check_support(bound, canonical.source_of(bound.output))
-                rewriter = Rewriter(canonical)
-                rewriter.fuse_experts(bound)
+                ExpertsRewriter(canonical, options.batch_invariant).fuse(bound)
         except Refusal as refusal:
             report.blocks.append(_not_fused(region, [refusal], bound))
             continue
@@ -221,7 +221,7 @@ def _fuse_router(
             with _timed(report, "prove"):
                 prove_router(canonical, bound, router)
             with _timed(report, "rewrite"):
-                Rewriter(canonical).fuse_router(bound, router)
+                RouterRewriter(canonical).fuse(bound, router)
         except Refusal as refusal:
             refused.append(refusal)
         else:
