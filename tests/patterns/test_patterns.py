@@ -244,14 +244,14 @@ def test_every_fact_value_is_proved_by_a_sample_and_by_one_spelling(
 
     monkeypatch.setattr(stage, name, spy)
     claimed: list[str] = []
-    rewrite = pipeline.Rewriter.fuse_experts
+    rewrite = pipeline.ExpertsRewriter.fuse
 
     def look(self, bound):
         claimed.append(bound.spelling.name)
         assert not _others(self.canonical, bound.spelling), "a graph is claimed by two patterns"
         return rewrite(self, bound)
 
-    monkeypatch.setattr(pipeline.Rewriter, "fuse_experts", look)
+    monkeypatch.setattr(pipeline.ExpertsRewriter, "fuse", look)
     for sample in spelling.samples:
         dtype = sample.dtypes[-1]
         rewritten(sample.build().to(dtype))(torch.randn(T, 32, dtype=dtype))
