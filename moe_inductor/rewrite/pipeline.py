@@ -37,8 +37,8 @@ from moe_inductor.region.find import (
     looks_like_moe,
     router_only,
 )
-from moe_inductor.region.nodes import location, value
-from moe_inductor.region.thresholds import chosen_by_experts, kept_by_threshold
+from moe_inductor.region.nodes import location, name_of, value
+from moe_inductor.region.thresholds import choosers, chosen_by_experts, kept_by_threshold
 from moe_inductor.rewrite.experts import ExpertsRewriter
 from moe_inductor.rewrite.router import RouterRewriter
 from moe_inductor.rewrite.support import check_support
@@ -74,7 +74,7 @@ def fuse_moe_blocks(
     assumed = Assumed(assumptions)
     for module in modules:
         with _timed(report, "region"):
-            regions = find_regions(module.graph)
+            regions = [r for r in find_regions(module.graph) if not _is_chosen(r)]
         if (chosen := chosen_by_experts(module.graph, [r.root for r in regions])) is not None:
             report.blocks.append(_refused(chosen.reason))
         elif not regions and not looks_like_moe(module.graph):
@@ -122,6 +122,11 @@ def _join_ways(
             id(b) for region, told in blocks if region.anchor in fork.ways[1].nodes for b in told
         }
         report.blocks = [block for block in report.blocks if id(block) not in gone]
+
+
+def _is_chosen(region: Region) -> bool:
+    """Slots that experts fill with tokens of their own choice."""
+    return region.has_slots and name_of(region.root) == "topk" and choosers(region.root) is not None
 
 
 def _fuse_region(
