@@ -21,8 +21,9 @@ from typing import Any, NoReturn
 import torch
 
 from moe_inductor import _compat
-from moe_inductor.capture import alike, conversion, emptiness, purity, rolled, scope
+from moe_inductor.capture import alike, conversion, emptiness, fork, purity, rolled, scope
 from moe_inductor.capture.assumptions import (
+    Forked,
     Kept,
     Length,
     NonEmpty,
@@ -357,6 +358,10 @@ def _answer_test(attempt: scope.Attempt, tx: Any, jump: Any) -> None:
         answer = emptiness.of_tensor(value.as_proxy().node)
         if answer is None:
             return
+        two = fork.ways(tx, answer, jump)
+        if two is not None:
+            _fork(attempt, tx, answer, two, location)
+            return
         region = _region(
             attempt,
             "test of a tensor",
@@ -369,6 +374,34 @@ def _answer_test(attempt: scope.Attempt, tx: Any, jump: Any) -> None:
             tx.stack[-1] = _compat.ConstantVariable.create(answer)
     else:
         _note_length_of_pieces(attempt, value, location)
+
+
+def _fork(attempt: scope.Attempt, tx: Any, truth: bool, ways: fork.Ways, location: str) -> None:
+    """``if mask.any()`` with an ``else``: both."""
+    test = tx.stack[-1]
+    node = test.as_proxy().node
+    zeros = emptiness.all_zeros(node)
+    if zeros is None or node.meta["example_value"].dtype != torch.bool:
+        why = "test of a tensor: the other branch does something"
+        scope.refuse(scope.reason_at(location, why), location)
+        return
+    forked = Forked(node, truth, zeros, location)
+
+    def merge(some: Any, none: Any) -> Any:
+        pair = (some, none) if truth else (none, some)
+        args = tuple(v.as_proxy() for v in (test, *pair))
+        proxy = tx.output.create_proxy("call_function", torch.where, args, {})
+        return _compat.wrap_fx_proxy(tx, proxy)
+
+    region = _region(
+        attempt,
+        "test of a tensor",
+        location,
+        lambda: fork.open_fork(tx, ways, location, forked, merge),
+    )
+    if region is not None:
+        attempt.assumptions.append(forked)
+        tx.stack[-1] = _compat.ConstantVariable.create(not truth)  # that way first
 
 
 def _note_length_of_pieces(attempt: scope.Attempt, pieces: Any, location: str) -> None:
