@@ -163,14 +163,17 @@ class MoEInductor:
 
     def _decline(self, gm: GraphModule, report: CompileReport, options: Options) -> None:
         """Nothing was fused: have the frame captured once more as stock if our capture may have changed it."""
+        (declined, its), self._declined = self._declined or (None, None), None
+        if declined is not None and its is not None and declined.frame != report.frame:
+            self._tell_lost(declined, its)  # stock capture made no graph of that one
+            declined = None
         if scope.changed_capture(gm):
             self._declined = report, options
             reason = report.refused[0].reason if report.refused else None
             scope.decline(reason)
         # Here again, or never declined.  Stock capture tends to cut an MoE into pieces that no longer look like one:
         # then what was refused before is the news.
-        (declined, _), self._declined = self._declined or (None, None), None
-        if declined is not None and declined.frame == report.frame and not report.blocks:
+        if declined is not None and not report.blocks:
             report.blocks += declined.blocks
             report.notes += declined.notes
             report.graph_before, report.graph_after = declined.graph_before, declined.graph_after
@@ -185,11 +188,13 @@ class MoEInductor:
             from moe_inductor.rewrite.pipeline import not_captured
 
             report = CompileReport(frame=_compat.compile_id(), blocks=[not_captured(reason)])
-        ours, _ = split(options)
+        self._tell_lost(report, split(options)[0])
+
+    def _tell_lost(self, report: CompileReport, options: Options) -> None:
         self.reports.append(report)
-        if ours.strict:
+        if options.strict and report.refused:
             raise _compat.user_error(NotFused(f"moe_inductor: {report.summary()}"))
-        self._tell(report, ours)
+        self._tell(report, options)
 
     def _tell(self, report: CompileReport, options: Options) -> None:
         """Everybody who wants to know: the user, the debug folder, the structured trace."""

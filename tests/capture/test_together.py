@@ -112,3 +112,35 @@ def test_two_threads_compile_at_once_for_us_and_for_inductor() -> None:
         torch.testing.assert_close(result, block(x), rtol=1e-4, atol=1e-4)
     assert [len(report.fused) for report in backend.reports] == [1]
     assert counter.frame_count > 1
+
+
+class Chosen(nn.Module):
+    """What stock capture breaks in."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, ids = torch.topk(x[(x.sum(-1) > -1e9).nonzero().squeeze(-1)].softmax(-1), 2)
+        return weights, ids
+
+
+class Cut(nn.Module):
+    """Stock capture makes no graph of this frame itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chosen = Chosen()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, ids = self.chosen(x)
+        out = torch.zeros_like(x)
+        for e in range(8):
+            t, k = torch.where(ids == e)
+            out.index_add_(0, t, x[t] * weights[t, k, None])
+        return out
+
+
+def test_why_is_told_of_a_frame_of_which_stock_capture_makes_no_graph() -> None:
+    backend, model, x = ours(), Cut(), torch.randn(3, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend=backend)(x), model(x))
+    told = {str(report.frame): report for report in backend.reports}
+    assert "no expert computes anything" in told["0/0"].summary()
