@@ -13,13 +13,16 @@ from .cells import Inputs, Shape, Weights
 Block = Callable[[Inputs], torch.Tensor]
 
 
-def ours(shape: Shape, weights: Weights) -> Block:
+def ours(shape: Shape, weights: Weights, batch_invariant: bool = False) -> Block:
+    gate_up, down = [weights.gate_up], [weights.down]
+
     def block(one: Inputs) -> torch.Tensor:
         x = one.hidden_states
         topk_weights, topk_ids = topk_routing(one.router_logits, shape.k, True, x.dtype)
         return fused_experts(
-            x, topk_ids, topk_weights, [weights.gate_up], [], [weights.down], "silu", x.dtype
-        )
+            x, topk_ids, topk_weights, gate_up, [], down, "silu", x.dtype,
+            batch_invariant=batch_invariant,
+        )  # fmt: skip
 
     return block
 

@@ -38,6 +38,7 @@ from .timing import graph_us, stream_us
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 CHECKED_ROWS = 32
+LONG = 512  # tokens from which on everything is timed twice, the second time in reverse order
 
 
 def rmse(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -80,12 +81,16 @@ def measure(
     }
     accepted = 2 * cell["rmse_hf_eager"] + 1e-5
     cell["accepted"] = cell["rmse_ours"] <= accepted
-    for name, block in blocks.items():
-        if name == "hf_eager":
-            if time_eager:
-                cell["us"][name] = stream_us(block, inputs, rounds=1)
-        else:
-            cell["us"][name] = graph_us(block, inputs)
+    names = [name for name in blocks if name != "hf_eager"]
+    rounds = [names]
+    if T >= LONG:
+        rounds.append(names[::-1])  # the clock falls while the card is at its power limit
+    for name in names:
+        cell["us"][name] = 0.0
+    for name in (name for order in rounds for name in order):
+        cell["us"][name] += graph_us(blocks[name], inputs) / len(rounds)
+    if time_eager:
+        cell["us"]["hf_eager"] = stream_us(blocks["hf_eager"], inputs, rounds=1)
     cell["roofline_fraction"] = floor / cell["us"]["ours"]
     return cell
 
@@ -98,7 +103,8 @@ def main() -> None:
     parser.add_argument(
         "--only",
         nargs="*",
-        help="contestants to time: ours ours_per_expert hf_compiled hf_eager triton_kernels vllm",
+        help="contestants to time: ours ours_per_expert ours_batch_invariant hf_compiled hf_eager"
+        " triton_kernels vllm",
     )
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -112,6 +118,7 @@ def main() -> None:
         blocks = {
             "ours": ours(shape, weights),
             "ours_per_expert": ours_per_expert(shape, weights),
+            "ours_batch_invariant": ours(shape, weights, batch_invariant=True),
             "hf_compiled": hugging_face(shape, weights, "grouped_mm"),
             "hf_eager": hugging_face(shape, weights, "eager"),
         }

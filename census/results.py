@@ -11,6 +11,7 @@ Row = dict[str, Any]
 Key = tuple[str, ...]
 
 FOLDER = Path(__file__).parent / "results"
+TORCH = "2.13.0"  # CI's.  What was measured with another one is in a folder of its own.
 KEY = ("part", "case", "implementation", "dtype", "mode")
 
 # From worst to best.  A row that was not MoE-fusable and is refused now is as good as before, and the reverse.
@@ -26,6 +27,12 @@ _RANK = {
     "partly fused": 4,
     "fused": 5,
 }
+
+
+def folder(torch_version: str) -> Path:
+    """Where results with this torch belong."""
+    release = torch_version.split("+")[0]
+    return FOLDER if release == TORCH else FOLDER / f"torch-{release}"
 
 
 def path(version: str, folder: Path = FOLDER) -> Path:
@@ -46,7 +53,7 @@ def save(file: Path, run: dict[str, Any], rows: Iterable[Row]) -> None:
     """Replace the rows that were measured again, keep the others."""
     kept = {key(r): r for r in load(file)["rows"]} | {key(r): r for r in rows}
     run = run | {"rows": sorted(kept.values(), key=key)}
-    file.parent.mkdir(exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".tmp")
     # One row a line: a diff shows which rows changed.
     head = {k: v for k, v in run.items() if k != "rows"}

@@ -1,8 +1,8 @@
 """``python -m census.run``: compile every MoE block of the installed transformers, and record what came of it.
 
 Each (case, experts implementation) runs in a process of its own with a time limit.  Results go to
-``census/results/transformers-<version>.json`` as they come in; ``--resume`` goes on where a run was stopped,
-``--check`` writes nothing and fails if a row is worse than recorded.
+``census/results/transformers-<version>.json`` as they come in, or with another torch than CI's to a folder for that;
+``--resume`` goes on where a run was stopped, ``--check`` writes nothing and fails if a row is worse than recorded.
 """
 
 from __future__ import annotations
@@ -203,7 +203,9 @@ def _parser() -> argparse.ArgumentParser:
         "--unfused", action="store_true", help="leave out what is recorded as fused"
     )
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
-    parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder of the results")
+    parser.add_argument(
+        "--out", type=Path, default=results.folder(torch.__version__), help="folder of the results"
+    )
     parser.add_argument("--log", type=Path, help="file for what the processes print")
     return parser
 

@@ -1,4 +1,4 @@
-"""``python -m census.tables``: write docs/coverage.md and docs/capture.md from census/results/*.json.
+"""``python -m census.tables``: write docs/coverage.md and docs/capture.md from census/results.
 
 Text between ``<!-- tables: begin -->`` and ``<!-- tables: end -->`` is generated; ``--check`` only compares.
 """
@@ -282,22 +282,55 @@ def _model(row: Row) -> str:
     return f"{label(row)}; {graphs}{broken}"
 
 
-def capture(runs: list[dict[str, Any]]) -> list[str]:
+def capture(runs: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[str]:
     lines = []
     for run in runs:
         version = run["transformers"]
         lines += [f"## transformers {version}", "", _provenance(run), ""]
-        lines += [_captured_total(run), "", *loops(run)]
+        whole, of = _captured_total(run)
+        lines += [
+            f"{whole} of {of} blocks are captured in one graph, in inference and in training.",
+            "",
+            *loops(run),
+        ]
         lines += [f"### Whole models, {version}", "", *models(run)]
+    if others:
+        lines += ["## Other versions of torch", "", *_other_torch(runs, others)]
     return lines
 
 
-def _captured_total(run: dict[str, Any]) -> str:
+def _captured_total(run: dict[str, Any]) -> tuple[int, int]:
     rows = [r for r in _blocks(run) if r["implementation"] in LOOPS]
     cases: dict[str, bool] = {}
     for row in rows:
         cases[row["case"]] = cases.get(row["case"], True) and bool(row.get("captured"))
-    return f"{sum(cases.values())} of {len(cases)} blocks are captured in one graph, in inference and in training."
+    return sum(cases.values()), len(cases)
+
+
+def _other_torch(runs: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[str]:
+    """The same blocks, fp32, with other releases of torch: totals, and every block that fares otherwise."""
+    usual = {(run["transformers"], results.key(row)): row for run in runs for row in _blocks(run)}
+    totals, different = [], []
+    for run in others:
+        versions = [run["torch"], run["transformers"]]
+        rows = [row for row in _blocks(run) if row["implementation"] in LOOPS]
+        whole, of = _captured_total(run)
+        counted = Counter(row["status"] for row in rows)
+        told = ", ".join(f"{count} {status}" for status, count in counted.most_common())
+        totals.append([*versions, run["date"], f"{whole} of {of}", told])
+        by_case: dict[str, list[Row]] = {}
+        for row in rows:
+            before = usual.get((run["transformers"], results.key(row)), {})
+            if any(before.get(what) != row.get(what) for what in ("status", "captured", "graphs")):
+                by_case.setdefault(row["case"], []).append(row)
+        different += [
+            [*versions, case, cell(some, _captured), cell(some)] for case, some in by_case.items()
+        ]
+    lines = table(["torch", "transformers", "date", "one graph", "rows"], totals)
+    if not different:
+        return [*lines, "Every row is as above.", ""]
+    header = ["torch", "transformers", "block", "one graph", "result"]
+    return [*lines, "What is not as above:", "", *table(header, different)]
 
 
 # --- both ---------------------------------------------------------------------------------------------------------
@@ -334,8 +367,11 @@ def main() -> None:
     )
     parser.add_argument("--check", action="store_true", help="fail if a page is out of date")
     arguments = parser.parse_args()
-    runs = [json.loads(path.read_text()) for path in sorted(results.FOLDER.glob("*.json"))]
-    pages = {"coverage.md": coverage(runs), "capture.md": capture(runs)}
+    runs, others = (
+        [json.loads(path.read_text()) for path in sorted(results.FOLDER.glob(pattern))]
+        for pattern in ("*.json", "torch-*/*.json")
+    )
+    pages = {"coverage.md": coverage(runs), "capture.md": capture(runs, others)}
     stale = [
         name for name, lines in pages.items() if not write(DOCS / name, lines, arguments.check)
     ]

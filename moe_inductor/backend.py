@@ -138,7 +138,9 @@ class MoEInductor:
             )
             if report.fused and assumed:
                 # Captured once more, without the loops that nobody could vouch for.
-                scope.distrust(_unproved(report, assumed[0]), {a.location for a in assumed})
+                told = next((why for why in assumed.values() if why), None)
+                told = told or _unproved(report, next(iter(assumed)))
+                scope.distrust(told, {a.location for a in assumed})
             if report.fused:
                 gm.graph.lint()
                 gm.recompile()

@@ -26,6 +26,9 @@ class Options:
     strict: bool = _option(False, "raise NotFused when an MoE-like region was not fused")
     summary: bool = _option(True, "print one summary line per compiled graph that holds an MoE")
     fuse_router: bool = _option(True, "also fuse a recognised router, not only the experts")
+    batch_invariant: bool = _option(
+        False, "a token's bits do not depend on the other tokens (forward, fused blocks only)"
+    )
     dump: bool = _option(False, "write graphs and report to the debug folder for this compile")
 
 

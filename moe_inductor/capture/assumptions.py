@@ -161,4 +161,38 @@ class Length:
         return [Pass(nodes=[self.marker])]
 
 
-Assumption = Visited | Rolled | RolledModules | NonEmpty | Tested | Kept | Length
+@dataclasses.dataclass(frozen=True, eq=False)
+class Forked:
+    """``if mask.any(): A else: B`` was traced both ways, and what they make was merged.
+
+    test: the node that Python would have asked.  truth: its answer where A is executed.
+    zeros: what has nothing but zeros in it where B is executed.  ways: what A and what B computed.
+    merged: nodes ``where(test, .., ..)`` of tensors that A and B make, of equal shape, strides and dtype.
+
+    What is already known: both ways reach the rest of the program only through what was merged and through
+    tensors that are changed in place, and no object is changed.
+
+    The graph is right as it stands, but for a way that cannot be executed for the data of the other.
+    What A makes may stand for the ``where`` if it is what B makes whenever ``zeros`` is all zeros.  Both must be
+    tensors of their own then, as a later change in place would otherwise tell them apart.
+    """
+
+    test: torch.fx.Node
+    truth: bool
+    zeros: torch.fx.Node
+    location: str
+    ways: list[Pass] = dataclasses.field(default_factory=list)
+    merged: list[torch.fx.Node] = dataclasses.field(default_factory=list)
+
+    @property
+    def passes(self) -> list[Pass]:
+        """None is skipped."""
+        return []
+
+    def made(self) -> list[tuple[torch.fx.Node, torch.fx.Node]]:
+        """What A and what B makes, as the graph is now."""
+        pairs = [(where.args[1], where.args[2]) for where in self.merged]
+        return [(a, b) if self.truth else (b, a) for a, b in pairs]  # type: ignore[misc]
+
+
+Assumption = Visited | Rolled | RolledModules | NonEmpty | Tested | Kept | Length | Forked

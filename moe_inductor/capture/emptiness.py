@@ -81,6 +81,15 @@ def of_tensor(node: torch.fx.Node) -> bool | None:
     return True if value.dtype != torch.bool else None
 
 
+def all_zeros(node: torch.fx.Node) -> torch.fx.Node | None:
+    """What has only zeros in it exactly where ``of_tensor(node)`` is not what ``bool()`` of ``node`` is."""
+    while node.target in _NOT and isinstance(node.args[0], torch.fx.Node):
+        node = node.args[0]
+    if node.target not in _SOME or len(node.args) != 1 or node.kwargs:
+        return None
+    return node.args[0] if isinstance(node.args[0], torch.fx.Node) else None
+
+
 def minimal_length(rows: torch.fx.Node) -> int | None:
     """The ``minlength`` of the call of bincount that ``rows`` is the result of."""
     made = _through(rows, _SAME_VALUES)

@@ -69,6 +69,8 @@ class Region:
     older: dict[int, Any] = dataclasses.field(default_factory=dict)
     closed: bool = False
     passes: list[Pass] = dataclasses.field(default_factory=list)
+    # Is something traced in it that the data at hand may never execute?
+    both_ways = False
 
     def __post_init__(self) -> None:
         self._numbers = self.code.only_numbers() if self.carried else frozenset()
@@ -148,6 +150,13 @@ class Region:
                 return
         raise Impure(f"loop-carried state `{name}`, which is a number and then a tensor")
 
+    def _check_left(self) -> None:
+        """What no object says is as it was found."""
+        if _interpreter_state(self.tx) != self._state:
+            raise Impure("random numbers are drawn or a global mode is changed")
+        if any(_position(it) != position for it, position in self._iterators):
+            raise Impure("an iterator from outside is advanced")
+
     def after_step(self) -> None:
         """The frame has executed one instruction."""
         pointer = self.tx.instruction_pointer
@@ -157,10 +166,7 @@ class Region:
             if coming not in self.joins:
                 raise Impure("it is left through an exception")
             self._leave()
-            if _interpreter_state(self.tx) != self._state:
-                raise Impure("random numbers are drawn or a global mode is changed")
-            if any(_position(it) != position for it, position in self._iterators):
-                raise Impure("an iterator from outside is advanced")
+            self._check_left()
         if inside and not self.inside:
             self._enter()
         self.inside = inside
@@ -221,7 +227,7 @@ def loop_region(tx: Any, location: str, start: Any) -> Region:
     body = code.reachable(header + 1, stop={header, after})
     if {s for i in body for s in code.jumps[i]} - body - {header}:
         raise Impure("it has a break")
-    _check_allowed(code, body)
+    check_allowed(code, body)
     return Region(
         tx,
         "loop",
@@ -250,7 +256,7 @@ def branch_region(tx: Any, truth: bool, location: str, test: Any, size: Any = No
     exits = {s for i in body for s in code.jumps[i]} - body
     if not exits or not exits <= joins:
         raise Impure("the other branch does something")
-    _check_allowed(code, body)
+    check_allowed(code, body)
     return Region(
         tx,
         "branch",
@@ -265,7 +271,7 @@ def branch_region(tx: Any, truth: bool, location: str, test: Any, size: Any = No
     )
 
 
-def _check_allowed(code: Bytecode, body: set[int]) -> None:
+def check_allowed(code: Bytecode, body: set[int]) -> None:
     for i in sorted(body):
         why = _FORBIDDEN.get(code.instructions[i].opname)
         if why is not None:

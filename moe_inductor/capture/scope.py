@@ -228,7 +228,7 @@ def assumptions() -> list[Assumption]:
         return []
     if any(not region.closed for region in attempt.regions):
         # A graph break inside of a speculated loop: the rest of the loop is in another frame.
-        decline(Reason(Code.CONTROL_FLOW, "the graph ends inside of a speculated loop"))
+        decline(Reason(Code.CONTROL_FLOW, "the graph ends inside of a speculated loop or branch"))
     return list(attempt.assumptions)
 
 
@@ -531,10 +531,14 @@ def _flags(wanted: dict[str, bool]) -> Iterator[None]:
 def _restart(attempt: Attempt, next_level: Level | None = None) -> _Restart:
     """Lower the level of the frame's next attempt.  Returns what the caller has to raise.
 
-    Without a level given: to unrolled loops if one was rolled, to the flags alone if speculation did
-    something, else all the way.
+    Without a level given: not at all if both ways of a test were being traced, which is then left alone; to
+    unrolled loops if one was rolled, to the flags alone if speculation did something, else all the way.
     """
-    if next_level is None and attempt.rolled:
+    forks = {r.location for r in attempt.regions if r.both_ways and not r.closed}
+    if next_level is None and forks - attempt.frame.distrusted:
+        attempt.frame.distrusted |= forks
+        next_level = attempt.level
+    elif next_level is None and attempt.rolled:
         next_level = Level.SPECULATE
     elif next_level is None:
         next_level = Level.FLAGS if attempt.assumptions and attempt.flags_needed else Level.STOCK

@@ -21,8 +21,9 @@ from typing import Any, NoReturn
 import torch
 
 from moe_inductor import _compat
-from moe_inductor.capture import alike, emptiness, purity, rolled, scope
+from moe_inductor.capture import alike, emptiness, fork, purity, rolled, scope
 from moe_inductor.capture.assumptions import (
+    Forked,
     Kept,
     Length,
     NonEmpty,
@@ -226,6 +227,8 @@ def _before(attempt: scope.Attempt, tx: Any, coming: Any) -> Callable[[], None] 
         if _is_subscript(coming) or coming.opname == "STORE_SUBSCR":
             _index_by_row(tx, coming)
         _use_of_rolled(tx, coming)
+    elif coming.opname.startswith("FORMAT_"):
+        _format_of_rolled(tx, coming)
     if coming.opname == "CALL" and any(_function_of(f) is len for f in tx.stack[-3:-1]):
         _note_length_of_pieces(attempt, tx.stack[-1], _location(tx, coming))
     return None
@@ -317,6 +320,16 @@ def _use_of_rolled(tx: Any, coming: Any) -> None:
         stack[-2:] = [v.number if _is(v, rolled.RolledIndex) else v for v in stack[-2:]]
 
 
+def _format_of_rolled(tx: Any, coming: Any) -> None:
+    """``f"expert_{e}"`` needs the number.  Torch 2.11 would put the row into a string that it then cannot look up."""
+    has_spec = coming.opname == "FORMAT_WITH_SPEC" or (
+        coming.opname == "FORMAT_VALUE" and coming.arg & 0x04
+    )
+    row = tx.stack[-2 if has_spec else -1]
+    if _is(row, rolled.RolledIndex):
+        row.refuse("a string")
+
+
 def _answer_test(attempt: scope.Attempt, tx: Any, jump: Any) -> None:
     """``if size > 0``, ``if mask.any()``, ``if count == 0``, ``if pieces``."""
     value = tx.stack[-1]
@@ -343,6 +356,10 @@ def _answer_test(attempt: scope.Attempt, tx: Any, jump: Any) -> None:
         answer = emptiness.of_tensor(value.as_proxy().node)
         if answer is None:
             return
+        two = fork.ways(tx, answer, jump)
+        if two is not None:
+            _fork(attempt, tx, answer, two, location)
+            return
         region = _region(
             attempt,
             "test of a tensor",
@@ -355,6 +372,34 @@ def _answer_test(attempt: scope.Attempt, tx: Any, jump: Any) -> None:
             tx.stack[-1] = _compat.ConstantVariable.create(answer)
     else:
         _note_length_of_pieces(attempt, value, location)
+
+
+def _fork(attempt: scope.Attempt, tx: Any, truth: bool, ways: fork.Ways, location: str) -> None:
+    """``if mask.any()`` with an ``else``: both."""
+    test = tx.stack[-1]
+    node = test.as_proxy().node
+    zeros = emptiness.all_zeros(node)
+    if zeros is None or node.meta["example_value"].dtype != torch.bool:
+        why = "test of a tensor: the other branch does something"
+        scope.refuse(scope.reason_at(location, why), location)
+        return
+    forked = Forked(node, truth, zeros, location)
+
+    def merge(some: Any, none: Any) -> Any:
+        pair = (some, none) if truth else (none, some)
+        args = tuple(v.as_proxy() for v in (test, *pair))
+        proxy = tx.output.create_proxy("call_function", torch.where, args, {})
+        return _compat.wrap_fx_proxy(tx, proxy)
+
+    region = _region(
+        attempt,
+        "test of a tensor",
+        location,
+        lambda: fork.open_fork(tx, ways, location, forked, merge),
+    )
+    if region is not None:
+        attempt.assumptions.append(forked)
+        tx.stack[-1] = _compat.ConstantVariable.create(not truth)  # that way first
 
 
 def _note_length_of_pieces(attempt: scope.Attempt, pieces: Any, location: str) -> None:

@@ -19,8 +19,12 @@ import torch
 DECODE_REPEATED_BYTES = 16e6
 # Rows per expert, with BLOCK_M = 128.  Below FEW_ROWS the weights' bytes are the cost, and deeper, narrower tiles keep
 # more of them in flight; from MANY_ROWS on the arithmetic is: tiles that follow one another without a gap win, and an
-# early start would gain nothing.
+# early start would gain nothing (and costs DeepSeek-V3 a third).  With weights as large as DeepSeek-V3's (15 GB of gate
+# and up), programs that walk the tiles are 8 to 25 % slower at 256 rows and as fast at 384: the cause is not known.
 FEW_ROWS, MANY_ROWS = 96, 192
+LARGE_WEIGHTS_BYTES = 8e9
+# What one tile for every T is chosen for: rows per expert.
+MIDDLE_ROWS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +84,7 @@ class Problem:
     unit_stride: the input dimension of every weight is contiguous.
     gate_up_tma, down_tma: the weights' layout allows TMA descriptors (gate/up only when concatenated).
     from_table: the weights are read through a pointer table.
+    batch_invariant: the bits of a token's output must not depend on which other tokens there are.
     """
 
     T: int
@@ -93,6 +98,7 @@ class Problem:
     gate_up_tma: bool = False
     down_tma: bool = False
     from_table: bool = False
+    batch_invariant: bool = False
 
     @property
     def slots(self) -> int:
@@ -104,7 +110,9 @@ class Problem:
 
 
 def choose_plan(problem: Problem) -> Plan:
-    if _few_experts_hit_twice(problem):
+    if problem.batch_invariant:
+        problem = _same_sums(problem)
+    elif _few_experts_hit_twice(problem):
         return _decode_plan(problem)
     block_m = _block_m(problem)
     if problem.dtype == torch.float32:
@@ -113,6 +121,18 @@ def choose_plan(problem: Problem) -> Plan:
     if not problem.has_large_shared_memory or not problem.unit_stride:
         return _portable_plan(block_m)
     return GroupedPlan(_hopper_gate_up(problem, block_m), _hopper_down(problem, block_m))
+
+
+def _same_sums(problem: Problem) -> Problem:
+    """The problem whose plan is used for every T of a batch-invariant call.
+
+    The GEMMs sum over k sixteen at a time and in order, whatever the tile (plain FMAs in fp32: one at a time), so all
+    of their tiles give the same bits.  The GEMV kernels do not, and are left out.  Seen with every tile on an H100
+    (tests/gpu/test_batch_invariant.py); where tensor cores may be made otherwise, one tile serves every T.
+    """
+    if problem.capability[0] in (8, 9) or problem.dtype == torch.float32:
+        return problem
+    return dataclasses.replace(problem, T=max(1, MIDDLE_ROWS * problem.E // problem.k))
 
 
 def _few_experts_hit_twice(problem: Problem) -> bool:
@@ -139,6 +159,12 @@ def _decode_plan(problem: Problem) -> DecodePlan:
 
 def _rows_per_expert(problem: Problem) -> float:
     return problem.slots / problem.E
+
+
+def _many_rows(problem: Problem) -> bool:
+    gate_up_bytes = 2 * problem.E * problem.I * problem.H * problem.dtype.itemsize
+    enough = MANY_ROWS if gate_up_bytes < LARGE_WEIGHTS_BYTES else 2 * MANY_ROWS
+    return _rows_per_expert(problem) >= enough
 
 
 def _block_m(problem: Problem) -> int:
@@ -176,7 +202,7 @@ def _hopper_gate_up(problem: Problem, block_m: int) -> GemmConfig:
         return GemmConfig(64, 64, 128, group_m=4, num_warps=4, num_stages=4, weights_by_tma=tma)
     if tma and _rows_per_expert(problem) < FEW_ROWS:
         return GemmConfig(128, 64, 128, 8, 8, 3, weights_by_tma=True, persistent=True)
-    persistent = tma and _rows_per_expert(problem) >= MANY_ROWS
+    persistent = tma and _many_rows(problem)
     return GemmConfig(128, 128, 64, 8, 8, 4, tma, persistent, early=not persistent)
 
 
@@ -189,5 +215,5 @@ def _hopper_down(problem: Problem, block_m: int) -> GemmConfig:
         return GemmConfig(64, 128, 128, group_m=4, num_warps=4, num_stages=4, weights_by_tma=tma)
     if tma and _rows_per_expert(problem) < FEW_ROWS:
         return GemmConfig(128, 128, 128, 8, 8, 3, weights_by_tma=True, persistent=True)
-    persistent = tma and _rows_per_expert(problem) >= MANY_ROWS
+    persistent = tma and _many_rows(problem)
     return GemmConfig(128, 256, 64, 8, 8, 4 if tma else 3, tma, persistent, early=not persistent)

@@ -38,6 +38,7 @@ class Call(NamedTuple):
     down_bias: Sequence[Tensor] = ()
     interleaved: bool = False
     weight_on_input: bool = False
+    batch_invariant: bool = False
 
     @property
     def weights(self) -> dict[str, Sequence[Tensor]]:

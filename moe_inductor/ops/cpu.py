@@ -82,6 +82,10 @@ def fused_experts(*args: Any) -> Tensor:
     slots = tokens * k
     if slots == 0:
         return hidden_states.new_zeros(hidden_states.shape, dtype=call.out_dtype)
+    if call.batch_invariant and tokens > 1:
+        # BLAS chooses its kernel, and with it the order of a sum, by the number of rows.
+        rows = (t.split(1) for t in (hidden_states, topk_ids, topk_weights))
+        return torch.cat([fused_experts(*row, *call[3:]) for row in zip(*rows, strict=True)])
     if tokens == 1 and not (call.weight_on_input or call.gate_up_bias or call.down_bias):
         experts = topk_ids[0].tolist()
         if all(0 <= expert < sizes.num_experts for expert in experts):

@@ -64,6 +64,7 @@ def fused_experts(
     down_bias: Weights = (),
     interleaved: bool = False,
     weight_on_input: bool = False,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     """``y[t] = sum_j topk_weights[t, j] * down_e(unit(gate_e x, up_e x))``, ``e = topk_ids[t, j]``.
 
@@ -86,8 +87,9 @@ def fused_experts(
                 down_bias,
                 interleaved,
                 weight_on_input,
+                batch_invariant,
             )
-    facts = (activation, out_dtype, interleaved, weight_on_input)
+    facts = (activation, out_dtype, interleaved, weight_on_input, batch_invariant)
     gate, down_ = Stored.of(gate_up_proj), Stored.of(down_proj)
     up = Stored.of(up_proj) if up_proj else None
     biases = [stacked_bias(b) if b else None for b in (gate_up_bias, up_bias, down_bias)]
@@ -112,6 +114,7 @@ def _fused_experts(
     out_dtype: torch.dtype,
     interleaved: bool,
     weight_on_input: bool,
+    batch_invariant: bool,
 ) -> list[torch.Tensor]:
     """What it decides depends only on its arguments but the tensors' contents; ``Programs`` relies on that."""
     unit = parse(activation)
@@ -141,6 +144,7 @@ def _fused_experts(
         gate_up_tma=up is None and not interleaved and gate.tma_ready,
         down_tma=down_.tma_ready,
         from_table=down_.from_table,
+        batch_invariant=batch_invariant,
     )
     out = torch.empty((T, H), dtype=out_dtype, device=hidden_states.device)
     if out.numel() == 0:

@@ -23,7 +23,10 @@ _MORE = (
     "Tensor[] gate_up_bias, Tensor[] up_bias, Tensor[] down_bias,"
     " bool interleaved, bool weight_on_input"
 )
-LIBRARY.define(f"fused_experts({_INPUTS}, ScalarType out_dtype, {_MORE}) -> Tensor", tags=TAGS)
+LIBRARY.define(
+    f"fused_experts({_INPUTS}, ScalarType out_dtype, {_MORE}, bool batch_invariant) -> Tensor",
+    tags=TAGS,
+)
 LIBRARY.define(
     f"fused_experts_backward(Tensor grad_output, {_INPUTS}, bool[] needs_grad, {_MORE}) -> Tensor[]",
     tags=TAGS,
@@ -44,6 +47,7 @@ def fused_experts(
     down_bias: Sequence[Tensor] = (),
     interleaved: bool = False,
     weight_on_input: bool = False,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """``y[t] = sum_j topk_weights[t, j] * down_e(unit(gate_e x_t, up_e x_t))`` with ``e = topk_ids[t, j]``.
 
@@ -62,6 +66,8 @@ def fused_experts(
         gate_up_bias, up_bias, down_bias: empty, or as many as there are weights, each without the last dimension.
         interleaved: ``gate_up_proj`` has rows gate, up, gate, up, ...
         weight_on_input: ``y[t] = sum_j expert_e(topk_weights[t, j] * x_t)``.
+        batch_invariant: the bits of ``y[t]`` depend on token t alone, not on how many others there are.  Costs what
+            the kernels for few tokens gain; on a CPU, tokens are computed one by one.  Gradients are not covered.
 
     Weights and biases have the dtype of ``hidden_states``.  No implementation copies, stacks or concatenates a weight.
 
@@ -86,6 +92,7 @@ def fused_experts(
         down_bias,
         interleaved,
         weight_on_input,
+        batch_invariant,
     )
 
 

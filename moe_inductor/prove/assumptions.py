@@ -23,6 +23,7 @@ from torch import fx
 
 from moe_inductor.capture.assumptions import (
     Assumption,
+    Forked,
     Kept,
     Length,
     NonEmpty,
@@ -39,7 +40,7 @@ from moe_inductor.match.bind import Bound
 from moe_inductor.match.experts import ids_in_range
 from moe_inductor.prove.expressions import Numbering
 from moe_inductor.prove.skipped import prove_skipped
-from moe_inductor.reasons import Code, Refusal
+from moe_inductor.reasons import Code, Reason, Refusal
 from moe_inductor.region.canonical import Canonical, trace
 from moe_inductor.region.find import Region
 from moe_inductor.region.fold import Fold, fold, fold_rolled, sum_steps
@@ -61,12 +62,14 @@ aten = torch.ops.aten
 class Assumed:
     """The assumptions of one capture.
 
-    proved: those that hold for a block.  kept: the tensor that an assumption is about, where nothing else reads it.
+    proved: those that hold for a block.  refused: why one does not, that is about more than a block.
+    kept: the tensor that an assumption is about, where nothing else reads it.
     """
 
     def __init__(self, assumptions: Iterable[Assumption] = ()) -> None:
         self.all = list(assumptions)
         self.proved: set[Assumption] = set()
+        self.refused: dict[Assumption, Reason] = {}
         self.kept: dict[Assumption, fx.Node] = {
             a: take(a.marker) for a in self.all if isinstance(a, (Visited, Tested, Length))
         }
@@ -86,6 +89,13 @@ class Assumed:
             for a in self.all
             if self.kept.get(a) in members or any(n in members for p in a.passes for n in p.nodes)
         ]
+
+    def forks(self, graph: fx.Graph) -> list[Forked]:
+        """Tests in ``graph`` that were traced both ways, inner ones first."""
+        found = [
+            a for a in self.all if isinstance(a, Forked) and a.merged and a.test.graph is graph
+        ]
+        return found[::-1]
 
     def fold(self, region: Region) -> Fold | None:
         """What stands for passes of the region's loop that need not be traced again."""

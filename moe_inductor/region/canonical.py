@@ -130,7 +130,7 @@ def canonicalise(gm: fx.GraphModule, region: Region, folds: Fold | None = None) 
 
     Raises Refusal (MUTATION, GRAD_STATE, CANONICALISE).
     """
-    states = _states(region)
+    states = states_of(region.graph)
     grad = _grad_modes(region, states)
     left = _no_foreign_mutation(region)
     if folds is not None and (passes := left.intersection(folds.nodes)):
@@ -347,7 +347,7 @@ class State(NamedTuple):
     autocast: Autocast | None
 
 
-def _states(region: Region) -> dict[fx.Node, State]:
+def states_of(graph: fx.Graph) -> dict[fx.Node, State]:
     """The state of every node, from what is on around the graph and from the nodes that switch it."""
     grad = torch.is_grad_enabled()
     ambient = None
@@ -356,7 +356,7 @@ def _states(region: Region) -> dict[fx.Node, State]:
             ambient = Autocast(device, torch.get_autocast_dtype(device))
     entered: list[Autocast | None] = []
     states: dict[fx.Node, State] = {}
-    for node in region.graph.nodes:
+    for node in graph.nodes:
         name = name_of(node)
         if name == "_set_grad_enabled":
             grad = bool(node.args[0])

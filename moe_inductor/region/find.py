@@ -1,11 +1,11 @@
 """Find the mixture-of-experts regions of a Dynamo graph, by data flow and not by syntax.
 
-A region belongs to one *root*: the node that chose the experts (a top-k, an argmax, or, when only the experts are
-in the graph, the integer input that carries ``topk_ids``).  Its *anchors* are what no other code has: a grouped
-GEMM, a batched GEMM over gathered weights, or rows selected by a data-dependent index.  The region is everything
-between the two, and everything after the anchors that reads nothing but the region: that ends where the
-residual stream comes in.  It may be too large, never too small to see: the match, made on the canonical form,
-decides what the block is; the region only has to contain it.
+A region belongs to one *root*: the node that chose the experts (a top-k, an argmax, a lookup of token ids in a table,
+or, when only the experts are in the graph, the integer input that carries ``topk_ids``).  Its *anchors* are what no
+other code has: a grouped GEMM, a batched GEMM over gathered weights, or rows selected by a data-dependent index.  The
+region is everything between the two, and everything after the anchors that reads nothing but the region: that ends
+where the residual stream comes in.  It may be too large, never too small to see: the match, made on the canonical
+form, decides what the block is; the region only has to contain it.
 """
 
 from __future__ import annotations
@@ -242,13 +242,24 @@ def _is_root(node: fx.Node) -> bool:
     name = name_of(node)
     if node.op == "placeholder":
         return is_integral(node) and value(node).dim() >= 1
-    if name in ("topk", "argmax", "multinomial"):
+    if name in ("topk", "argmax", "multinomial") or _is_lookup(node):
         return True
     if name in ("sort", "argsort", "max"):
         return bool(node.all_input_nodes) and any(
             t.dtype.is_floating_point for t in tensors(node.all_input_nodes[0])
         )
     return False
+
+
+def _is_lookup(node: fx.Node) -> bool:
+    """``table[input_ids]``: experts that are chosen by token id (DeepSeek-V4's hash layers).  Neither the table nor the
+    ids lead to the layer: token ids lead to everything in the model."""
+    if name_of(node) not in _GATHERS or not is_integral(node) or has_unbacked(node):
+        return False
+    inputs = [viewed(a) for a in node.all_input_nodes]
+    return len(set(inputs)) == 2 and all(
+        a.op in ("placeholder", "get_attr") and is_integral(a) for a in inputs
+    )
 
 
 def _root_of(

@@ -13,7 +13,7 @@ from torch import fx
 from moe_inductor.region.find import Region
 from moe_inductor.region.nodes import mutated, name_of, storages
 
-_SIDE_EFFECTS = frozenset(
+SIDE_EFFECTS = frozenset(
     {
         "_assert_scalar", "_assert_async", "_assert", "sym_constrain_range", "sym_constrain_range_for_size",
         "_check", "_check_is_size", "_assert_tensor_metadata",
@@ -65,7 +65,7 @@ def needed(region: Region, replaced: Replaced) -> set[fx.Node]:
                 todo += [arg] if arg in members else writes_into(arg)
     for node in region.nodes:
         inside = [a for a in node.all_input_nodes if a in members]
-        if name_of(node) in _SIDE_EFFECTS and inside and all(a in keep for a in inside):
+        if name_of(node) in SIDE_EFFECTS and inside and all(a in keep for a in inside):
             keep.add(node)
     return keep
 

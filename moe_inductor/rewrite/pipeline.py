@@ -26,6 +26,7 @@ from moe_inductor.match.diagnose import diagnose
 from moe_inductor.match.experts import propose
 from moe_inductor.match.router import propose_routers
 from moe_inductor.prove.assumptions import Assumed, prove_assumptions
+from moe_inductor.prove.fork import prove_fork, take_first_way
 from moe_inductor.prove.prove import prove_experts, prove_router
 from moe_inductor.reasons import Code, Reason, Refusal
 from moe_inductor.region.canonical import Canonical, canonicalise
@@ -39,7 +40,8 @@ from moe_inductor.region.find import (
 from moe_inductor.region.nodes import location, value
 from moe_inductor.region.slots import sent_to_slots
 from moe_inductor.region.thresholds import chosen_by_experts, kept_by_threshold
-from moe_inductor.rewrite.replace import Rewriter
+from moe_inductor.rewrite.experts import ExpertsRewriter
+from moe_inductor.rewrite.router import RouterRewriter
 from moe_inductor.rewrite.support import check_support
 
 if TYPE_CHECKING:
@@ -59,11 +61,12 @@ def fuse_moe_blocks(
     assumptions: Sequence[Assumption] = (),
     uncaptured: Reason | None = None,
     lost_experts: bool = False,
-) -> list[Assumption]:
+) -> dict[Assumption, Reason | None]:
     """Rewrite every provable MoE block of ``gm`` and of the bodies of its higher-order ops, in place.
 
     Appends one BlockReport per region to ``report``.  A region that is refused is left exactly as it was.  Returns
-    those of the ``assumptions`` that the rewritten graph may still depend on: with any left it must not run.
+    those of the ``assumptions`` that the rewritten graph may still depend on, with the reason if there is one: with
+    any left it must not run.
 
     uncaptured: why an earlier capture of the same code, with more in the graph, was of no use.
     lost_experts: whether that one told experts apart.
@@ -91,11 +94,38 @@ def fuse_moe_blocks(
             elif module is gm and lost_experts and uncaptured is not None:
                 report.blocks.append(not_captured(uncaptured))
             continue
+        blocks: list[tuple[Region, list[BlockReport]]] = []
         for region in regions:
+            start = len(report.blocks)
             _fuse_region(module, region, report, options, assumed)
+            blocks.append((region, report.blocks[start:]))
+        _join_ways(module, blocks, report, assumed)
         if module is not gm:
             module.recompile()
-    return assumed.unaccounted([m.graph for m in modules])
+    left = assumed.unaccounted([m.graph for m in modules])
+    return {assumption: assumed.refused.get(assumption) for assumption in left}
+
+
+def _join_ways(
+    gm: fx.GraphModule,
+    blocks: Sequence[tuple[Region, list[BlockReport]]],
+    report: CompileReport,
+    assumed: Assumed,
+) -> None:
+    """Of each test that was traced both ways, keep the way that is enough, and tell nothing of the other's blocks."""
+    for fork in assumed.forks(gm.graph):
+        with _timed(report, "prove"):
+            try:
+                prove_fork(gm, fork)
+            except Refusal as refusal:
+                assumed.refused[fork] = refusal.reason
+                continue
+        assumed.proved.add(fork)
+        take_first_way(fork)
+        gone = {
+            id(b) for region, told in blocks if region.anchor in fork.ways[1].nodes for b in told
+        }
+        report.blocks = [block for block in report.blocks if id(block) not in gone]
 
 
 def _fuse_region(
@@ -127,8 +157,7 @@ def _fuse_region(
         try:
             with _timed(report, "rewrite"):
                 check_support(bound, canonical.source_of(bound.output))
-                rewriter = Rewriter(canonical)
-                rewriter.fuse_experts(bound)
+                ExpertsRewriter(canonical, options.batch_invariant).fuse(bound)
         except Refusal as refusal:
             report.blocks.append(_not_fused(region, [refusal], bound))
             continue
@@ -192,7 +221,7 @@ def _fuse_router(
             with _timed(report, "prove"):
                 prove_router(canonical, bound, router)
             with _timed(report, "rewrite"):
-                Rewriter(canonical).fuse_router(bound, router)
+                RouterRewriter(canonical).fuse(bound, router)
         except Refusal as refusal:
             refused.append(refusal)
         else:

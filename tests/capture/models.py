@@ -27,6 +27,7 @@ class Block(nn.Module):
         super().__init__()
         self.router = nn.Linear(H, E, bias=False)
         self.experts = nn.ModuleList(Expert() for _ in range(E))
+        self.by_name = nn.ModuleDict({f"expert_{e}": each for e, each in enumerate(self.experts)})
         self.gate_up = nn.Parameter(torch.randn(E, 2 * I, H) * 0.2)
         self.down = nn.Parameter(torch.randn(E, H, I) * 0.2)
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from moe_inductor.capture.assumptions import Kept, Length, NonEmpty, Tested, Visited
 from tests.capture.fake_backend import installed
-from tests.capture.models import Block, E, Expert, H, K
+from tests.capture.models import Block, E, H, K
 from tests.capture.test_purity import Believer, compile_and_compare
 
 
@@ -301,7 +301,6 @@ class Chosen(Block):
     def __init__(self, loop: Any) -> None:
         super().__init__()
         self.loop = loop
-        self.by_name = nn.ModuleDict({f"expert_{e}": Expert() for e in range(E)})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weights, ids = torch.topk(F.softmax(self.router(x), dim=-1), K, dim=-1)

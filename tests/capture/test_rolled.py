@@ -244,6 +244,15 @@ def text(s, x, w, m, out, hit):
     return out
 
 
+def name_of_a_row(s, x, w, m, out, hit):
+    """transformers 5: switch_transformers.  Torch 2.11 makes the text without asking for the number."""
+    for e in hit:
+        k, t = torch.where(m[e].squeeze(0))
+        expert = s.by_name[f"expert_{e[0]}"]
+        out.index_add_(0, t, expert(x[t]) * w[t, k, None])
+    return out
+
+
 def identity(s, x, w, m, out, hit):
     for e in hit.flatten().tolist():
         s.add(x * 3 if e is True else x, w, m, out, e)
@@ -259,6 +268,7 @@ UNROLLED = [
     looked_up_by_key,
     number_of_repeats,
     text,
+    name_of_a_row,
 ]
 
 

@@ -40,7 +40,7 @@ def test_opcheck_experts(tokens, storage):
         "silu",
         torch.float32,
     )
-    torch.library.opcheck(OPS.fused_experts.default, (*args, *NO_MORE))
+    torch.library.opcheck(OPS.fused_experts.default, (*args, *NO_MORE, False))
 
 
 @pytest.mark.parametrize("per_expert", [False, True])
@@ -55,7 +55,7 @@ def test_opcheck_experts_with_biases(interleaved, on_input, per_expert):
     )
     more = (gate_up_bias, [], down_bias, interleaved, on_input)
     args = (x.requires_grad_(), ids, weights.requires_grad_(), gate_up, [], down, "silu", x.dtype)
-    torch.library.opcheck(OPS.fused_experts.default, (*args, *more))
+    torch.library.opcheck(OPS.fused_experts.default, (*args, *more, True))
     flags = [True] * (2 + 4 * len(gate_up))
     gate_up, down, gate_up_bias, down_bias = lists
     more = (gate_up_bias, [], down_bias, interleaved, on_input)
@@ -258,3 +258,23 @@ def test_routing_is_called_where_it_is_not_decomposed(monkeypatch):
         out, (code, *_) = run_and_get_code(compiled, data.hidden_states, data.router_logits)
     assert "moe_inductor.topk_routing" in code
     torch.testing.assert_close(out, block(data.hidden_states, data.router_logits))
+
+
+def test_the_option_makes_the_block_batch_invariant():
+    torch.manual_seed(0)
+    gate_up, down = torch.randn(8, 320, 96) / 96**0.5, torch.randn(8, 96, 160) / 160**0.5
+
+    def block(x, router_logits):
+        topk_weights, topk_ids = torch.topk(router_logits.softmax(-1), 2)
+        gate, up = torch.einsum("ti,taoi->tao", x, gate_up[topk_ids]).chunk(2, dim=-1)
+        h = torch.nn.functional.silu(gate) * up
+        y = torch.einsum("tai,taoi->tao", h, down[topk_ids])
+        return torch.einsum("tao,ta->to", y, topk_weights)
+
+    x, router_logits = torch.randn(70, 96), torch.randn(70, 8)
+    options = {"moe_inductor.strict": True, "moe_inductor.batch_invariant": True}
+    compiled = torch.compile(block, backend="moe_inductor", options=options)
+    whole = compiled(x, router_logits)
+    torch.testing.assert_close(whole, block(x, router_logits))
+    for rows in (slice(3, 4), slice(10, 19)):
+        assert torch.equal(compiled(x[rows], router_logits[rows]), whole[rows])

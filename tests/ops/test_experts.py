@@ -281,3 +281,20 @@ def test_wrong_lists():
     wrong = [*gate_up[:2], torch.randn(18, 16)]
     with pytest.raises(ValueError, match=r"of expert 2 is \[18, 16\]"):
         ops.fused_experts(x, torch.full_like(ids, 2), weights, wrong, [], down, "silu", x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batch_invariant(dtype):
+    """Sizes at which BLAS sums in another order for one row than for many."""
+    data = unit_scale_inputs(70, 4, 2, 96, 160, dtype=dtype)
+    args = ([data.gate_up_proj], [], [data.down_proj], "silu", dtype)
+
+    def run(rows: slice) -> torch.Tensor:
+        few = (data.hidden_states[rows], data.topk_ids[rows], data.topk_weights[rows])
+        return ops.fused_experts(*few, *args, batch_invariant=True)
+
+    whole = run(slice(None))
+    check(data, whole)
+    for first, count in ((0, 1), (5, 2), (11, 9), (20, 50)):
+        rows = slice(first, first + count)
+        assert torch.equal(run(rows), whole[rows])

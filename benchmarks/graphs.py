@@ -1,0 +1,102 @@
+"""``python -m benchmarks.graphs``: a whole Hugging Face block in CUDA graphs beside the fused ops alone, on the GPU.
+
+``torch.compile(block, backend="moe_inductor", mode="reduce-overhead")`` of transformers' own Qwen3-MoE and Mixtral
+block, against ``topk_routing`` + ``fused_experts`` on the same tokens, and against those behind the router's GEMM; each
+a CUDA graph that is replayed again and again.  Before each replay torch copies the block's input into the graph's
+memory.  Results go to ``benchmarks/results/graphs.json`` or ``--out``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import statistics
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_inductor.ops.cuda import fused_experts, topk_routing
+
+from .h200 import environment
+from .layers import BLOCKS, RESULTS, block_width
+
+TOKENS = (1, 8, 64, 512, 2048)
+
+
+def replays_us(run: Callable[[], Any], calls: int = 30) -> float:
+    """us per call of calls that follow one another, so that the host is ahead of the GPU where it can be."""
+    for _ in range(5):
+        run()
+    times = []
+    for _ in range(7):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
+            run()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * start.elapsed_time(end) / calls)
+    return statistics.median(times)
+
+
+def graph_of(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
+
+
+def measure(name: str, T: int, block: nn.Module) -> dict[str, Any]:
+    x = torch.randn(1, T, block_width(block), device="cuda", dtype=torch.bfloat16)
+    rows, experts, k = x.flatten(0, 1), block.experts, block.gate.top_k
+    gate_up, down = [experts.gate_up_proj], [experts.down_proj]
+    logits = nn.functional.linear(rows, block.gate.weight)
+
+    def ops(logits: torch.Tensor) -> torch.Tensor:
+        topk_weights, topk_ids = topk_routing(logits, k, True, x.dtype)
+        return fused_experts(rows, topk_ids, topk_weights, gate_up, [], down, "silu", x.dtype)
+
+    def behind_gate() -> torch.Tensor:
+        return ops(nn.functional.linear(rows, block.gate.weight))
+
+    row: dict[str, Any] = {"block": name, "T": T}
+    row["us_ops"] = replays_us(graph_of(lambda: ops(logits)).replay)
+    row["us_gate_and_ops"] = replays_us(graph_of(behind_gate).replay)
+    torch._dynamo.reset()
+    compiled = torch.compile(block, backend="moe_inductor", mode="reduce-overhead")
+    row["us_block"] = replays_us(lambda: compiled(x))
+    row["allowed_us"] = 1.02 * row["us_ops"] + 3
+    return row
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--blocks", nargs="+", default=["qwen3", "mixtral"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS / "graphs.json")
+    options = parser.parse_args()
+    command = " ".join(["python -m benchmarks.graphs", *sys.argv[1:]])
+    result: dict[str, Any] = environment() | {"command": command, "blocks": []}
+    for name in options.blocks:
+        block = BLOCKS[name]()
+        for T in options.tokens:
+            result["blocks"].append(measure(name, T, block))
+            print(result["blocks"][-1], flush=True)
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
+        del block
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
