@@ -13,7 +13,7 @@ from torch import fx
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.canonical import Canonical
 from moe_inductor.region.find import Region, products_of
-from moe_inductor.region.nodes import is_floating, location, name_of, value
+from moe_inductor.region.nodes import is_floating, location, name_of, node_arg, value
 from moe_inductor.region.pairs import PAIR_LINEAR
 from moe_inductor.region.scaled import follows_a_projection, is_column
 from moe_inductor.region.thresholds import kept_by_threshold
@@ -117,4 +117,4 @@ def _bias_not_scaled(graph: fx.Graph) -> Refusal | None:
 
 
 def _uncast(node: Any) -> fx.Node:
-    return node.args[0] if node.target is aten._to_copy.default else node
+    return node_arg(node, 0) if node.target is aten._to_copy.default else node

@@ -466,7 +466,7 @@ def row_of(out: Emitter, base: fx.Node, dim: int, index: Any, made: Any, origin:
         source = node_arg(source, 0)
     computed = source.op == "call_function" and (source is base or not _is_mask(source))
     if computed and is_one(value(base).shape[dim]):
-        return out.view(base, made, origin)
+        return out.apply(aten.view.default, (base, out.sizes(made)), {}, made, origin)
     row = _one_hot_row(out, base, dim, index, made, origin)
     if row is not None:
         return row
