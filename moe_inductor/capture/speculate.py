@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import torch
 
 from moe_inductor import _compat
-from moe_inductor.capture import alike, emptiness, fork, purity, rolled, scope
+from moe_inductor.capture import alike, conversion, emptiness, fork, purity, rolled, scope
 from moe_inductor.capture.assumptions import (
     Forked,
     Kept,
@@ -229,6 +229,8 @@ def _before(attempt: scope.Attempt, tx: Any, coming: Any) -> Callable[[], None] 
         _use_of_rolled(tx, coming)
     elif coming.opname.startswith("FORMAT_"):
         _format_of_rolled(tx, coming)
+    if coming.opname == "CALL":
+        conversion.before_call(tx, coming)
     if coming.opname == "CALL" and any(_function_of(f) is len for f in tx.stack[-3:-1]):
         _note_length_of_pieces(attempt, tx.stack[-1], _location(tx, coming))
     return None

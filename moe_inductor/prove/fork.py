@@ -183,7 +183,7 @@ class _Both(fx.Interpreter):
 
     def _filled(self, name: str, source: fx.Node, node: fx.Node) -> bool | float | None:
         """A function of a tensor that is filled with one number is filled with one."""
-        made, rest = value(node), node.args[1:]
+        made, rest, name = value(node), node.args[1:], name.strip("_")  # __eq__ on torch 2.11
         if not isinstance(made, torch.Tensor) or any(map(is_tensor, node.all_input_nodes[1:])):
             return None
         number: Any = self.filled[source]
