@@ -59,8 +59,14 @@ EDGES = (
 
 
 def shifted(shift: int) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """Each edge has another kind of noise, and over all shifts each kind stands at each edge."""
-    return {edge: KINDS[(i + shift) % len(KINDS)] for i, edge in enumerate(EDGES)}
+    """Each edge has another kind of noise, and over all shifts each kind stands at each edge.
+
+    But for dropout of what one expert of a dense loop reads: a region ends there, and experts then read E tensors.
+    """
+    noise = {edge: KINDS[(i + shift) % len(KINDS)] for i, edge in enumerate(EDGES)}
+    if noise["read"] is NOISE["dropout"]:
+        noise["read"] = NOISE["clone"]
+    return noise
 
 
 def noisy(module: nn.Module, noise: dict[str, Callable[[torch.Tensor], torch.Tensor]]) -> nn.Module:
