@@ -61,12 +61,11 @@ EDGES = (
 def shifted(shift: int) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
     """Each edge has another kind of noise, and over all shifts each kind stands at each edge.
 
-    But for dropout of what one expert of a dense loop reads: a region ends there, and experts then read E tensors.
+    But for what one expert reads, which is cloned: where every expert of a dense loop reads x, regions end at some of
+    the others (dropout, cat, movedim), and each expert then has an input of its own.
     """
     noise = {edge: KINDS[(i + shift) % len(KINDS)] for i, edge in enumerate(EDGES)}
-    if noise["read"] is NOISE["dropout"]:
-        noise["read"] = NOISE["clone"]
-    return noise
+    return noise | {"read": NOISE["clone"]}
 
 
 def noisy(module: nn.Module, noise: dict[str, Callable[[torch.Tensor], torch.Tensor]]) -> nn.Module:
