@@ -424,67 +424,6 @@ class GateScored(Einsums):
         return torch.einsum("teo,eho->th", self.act(first), self.down_proj)
 
 
-class GShard(Einsums):
-    """Tokens sent to slots of the experts by masks; the slots are counted."""
-
-    def slots(self, x, topk_ids):
-        chosen = F.one_hot(topk_ids, NUM_EXPERTS)
-        in_order = chosen.transpose(0, 1).reshape(-1, NUM_EXPERTS)
-        slots = ((in_order.cumsum(0) - 1) * in_order).sum(-1).view(self.k, -1).t()
-        return chosen.to(x.dtype), F.one_hot(slots, self.k * x.shape[0]).to(x.dtype)
-
-    def masks(self, x, topk_ids, topk_weights):
-        chosen, slots = self.slots(x, topk_ids)
-        combine = torch.einsum("tk,tke,tkc->tec", topk_weights, chosen, slots)
-        return torch.einsum("tke,tkc->tec", chosen, slots), combine
-
-    def experts(self, x, topk_ids, topk_weights):
-        dispatch, combine = self.masks(x, topk_ids, topk_weights)
-        rows = torch.einsum("tec,th->ech", dispatch, x)
-        hidden = self.act(torch.einsum("ech,eoh->eco", rows, self.gate_up_proj))
-        y = torch.einsum("eco,eho->ech", hidden, self.down_proj)
-        return torch.einsum("tec,ech->th", combine, y)
-
-
-class GShardCapacity(GShard):
-    """The masks from the scores of all experts, and what is beyond a capacity dropped."""
-
-    def masks(self, x, topk_ids, topk_weights):
-        scores = self.scores(topk_ids, topk_weights)
-        chosen = scores > 0
-        slots = (chosen.cumsum(0) - 1) * chosen
-        kept = F.one_hot(slots, x.shape[0]) * (chosen & (slots < 3)).unsqueeze(-1)
-        return kept.to(x.dtype), scores.unsqueeze(-1) * kept
-
-
-class GShardOneSlot(GShard):
-    """Tokens that have the same slot are added up."""
-
-    def slots(self, x, topk_ids):
-        chosen, slots = super().slots(x, topk_ids)
-        return chosen, slots.flip(-1).cumsum(-1)
-
-
-class NanoMoE(GShard):
-    """nanoMoE: buffers [E, C, H] with a slot for each token that an expert has room for, filled by one product."""
-
-    capacity = 8
-
-    def experts(self, x, topk_ids, topk_weights):
-        scores = self.scores(topk_ids, topk_weights)
-        mask = F.one_hot(topk_ids, NUM_EXPERTS).permute(1, 0, 2)
-        rank = torch.cumsum(mask.reshape(-1, NUM_EXPERTS), dim=0) - 1
-        rank = rank.reshape(self.k, -1, NUM_EXPERTS)
-        mask = mask * torch.lt(rank, self.capacity)
-        slots = F.one_hot(torch.sum(mask * rank, dim=-1), self.capacity)
-        weights = mask * scores.unsqueeze(0)
-        combine = torch.sum(weights.unsqueeze(3) * slots.unsqueeze(2), dim=0)
-        rows = combine.bool().permute(1, 2, 0).type_as(x) @ x
-        hidden = self.act(torch.bmm(rows, self.gate_up_proj.transpose(1, 2)))
-        y = torch.bmm(hidden, self.down_proj.transpose(1, 2))
-        return combine.reshape(x.shape[0], -1).to(x.dtype) @ y.view(-1, HIDDEN)
-
-
 class Half(Dense):
     """Only the first experts are in the sum."""
 
@@ -560,9 +499,5 @@ DENSE_EXPERTS = ExpertsSpelling(
         NearMiss(name="einsum_one_matrix", build=EinsumOneMatrix, code="SPELLING"),
         NearMiss(name="einsum_biases_of_all", build=HiddenScoredBiased, code="SPELLING"),
         NearMiss(name="einsum_gate_scored", build=GateScored, code="SPELLING"),
-        NearMiss(name="gshard", build=GShard, code="SPELLING"),
-        NearMiss(name="gshard_with_capacity", build=GShardCapacity, code="SPELLING"),
-        NearMiss(name="gshard_slots_shared", build=GShardOneSlot, code="SPELLING"),
-        NearMiss(name="nano_moe", build=NanoMoE, code="SPELLING"),
     ),
 )

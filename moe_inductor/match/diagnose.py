@@ -50,8 +50,25 @@ _AFTER = 24
 def diagnose(canonical: Canonical) -> Refusal | None:
     """What stands out in ``canonical``, or None."""
     region = canonical.region
-    named = kept_by_threshold(region.nodes) or _norm(region) or _buffer(canonical.graph)
-    return named or _bias_not_scaled(canonical.graph)
+    return (
+        kept_by_threshold(region.nodes)
+        or _norm(region)
+        or _buffer(canonical.graph)
+        or _bias_not_scaled(canonical.graph)
+        or _slots(canonical)
+    )
+
+
+def _slots(canonical: Canonical) -> Refusal | None:
+    """Slots of which ``region/slots.py`` has nothing to say."""
+    region = canonical.region
+    if not region.has_slots or canonical.emitter.refused:
+        return None
+    words = (
+        "tokens are sent to slots of the experts by products with masks (GShard): "
+        "what is sent, or what it weighs, is not read from the masks"
+    )
+    return Refusal(Code.SPELLING, words, region.location)
 
 
 def _norm(region: Region) -> Refusal | None:

@@ -80,6 +80,15 @@ def _quotient(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
     return ratio if sympy.fraction(ratio)[1] == 1 and ratio != 0 else None
 
 
+def same_extent(a: Sequence[Atom], b: Sequence[Atom]) -> bool:
+    """Have two products of dimensions the same size, whatever the symbols are?"""
+    return bool(_extent(a) == _extent(b))
+
+
+def _extent(atoms: Sequence[Atom]) -> sympy.Expr:
+    return sympy.expand(sympy.Mul(*(_expr(a.size) for a in atoms)))
+
+
 def _factors(atom: Atom, size: Any, wanted: sympy.Expr, later: Sequence[Any]) -> list[Atom] | None:
     """``atom`` as its first factor of ``size`` and the rest, which is the product of the first of ``later``."""
     rest = _quotient(_expr(atom.size), wanted)

@@ -31,6 +31,7 @@ from moe_inductor.region.nodes import (
     unbacked,
     value,
 )
+from moe_inductor.region.sent import find_sent
 
 _GROUPED_GEMMS = frozenset({"_grouped_mm", "grouped_mm", "grouped_mm_fallback"})
 _BATCHED_GEMMS = frozenset({"bmm", "matmul", "einsum", "baddbmm"})
@@ -78,6 +79,7 @@ class Region:
 
     nodes: members in graph order.  inputs: nodes outside that members read, or passes of a loop that were not traced.
     root: what chose the experts.  anchor: the first node that made us look.
+    has_slots: tokens are sent to slots of the experts by products with masks.
     """
 
     graph: fx.Graph
@@ -85,6 +87,7 @@ class Region:
     root: fx.Node
     anchor: fx.Node
     read_by_others: list[fx.Node] = dataclasses.field(default_factory=list)
+    has_slots: bool = False
 
     def __post_init__(self) -> None:
         self.refresh()
@@ -132,13 +135,21 @@ def find_regions(graph: fx.Graph) -> list[Region]:
         if root is not None and not (root.op == "placeholder" and _multiplies_some_rows(node)):
             by_root.setdefault(root, []).append(node)
     experts: dict[fx.Node, set[fx.Node]] = {}
-    for block in find_dense(graph, set(by_root)):
+    roots, with_slots = set(by_root), set()
+    for sent in find_sent(graph):
+        if roots.isdisjoint(sent.roots):
+            by_root[sent.roots[0]], experts[sent.roots[0]] = [sent.combine], sent.masks
+            roots.update(sent.roots)
+            with_slots.add(sent.roots[0])
+    for block in find_dense(graph, roots):
         by_root[block.root] = block.anchors
         experts[block.root] = block.experts
     regions = []
     for root, anchors in by_root.items():
         later = _downstream(graph, [r for r in by_root if order[r] > order[root]], order)
-        regions.append(_grow(graph, root, anchors, order, later, experts.get(root, set())))
+        region = _grow(graph, root, anchors, order, later, experts.get(root, set()))
+        region.has_slots = root in with_slots
+        regions.append(region)
     return sorted(regions, key=lambda region: order[region.nodes[0]])
 
 

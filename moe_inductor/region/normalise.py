@@ -108,7 +108,7 @@ class Emitter:
     ) -> fx.Node:
         key = (target, _key(args), _key(kwargs))
         # A fresh unbacked symbol is a new fact each time; two nonzeros of one mask are still equal.
-        node = self._interned.get(key)
+        node = None if _is_random(target) else self._interned.get(key)
         if node is None:
             node = self.graph.call_function(target, args, kwargs)
             node.meta["val"] = val
@@ -216,6 +216,10 @@ class Emitter:
             inner = self.slice(self.batches[base], dim - 1, start, end, val.squeeze(0), origin)
             return self.batched(inner, val, origin)
         return self.emit(aten.slice.Tensor, (base, dim, start, end), {}, val, origin)
+
+
+def _is_random(target: Any) -> bool:
+    return isinstance(target, OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
 
 
 def normalise(
@@ -748,5 +752,6 @@ from moe_inductor.region import maps as _maps  # noqa: E402, F401
 from moe_inductor.region import one_batch as _one_batch  # noqa: E402
 from moe_inductor.region import rows as _rows  # noqa: E402, F401
 from moe_inductor.region import scaled as _scaled  # noqa: E402, F401
+from moe_inductor.region import slot_pairs as _slot_pairs  # noqa: E402, F401
 from moe_inductor.region import sparse as _sparse  # noqa: E402, F401
 from moe_inductor.region import stacks as _stacks  # noqa: E402, F401

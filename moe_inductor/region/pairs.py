@@ -139,7 +139,7 @@ def unsorted(out: Emitter, node: fx.Node) -> fx.Node | None:
     if not _has_parts(rows, grouped=node.target is not aten.index.Tensor):
         return None
     try:
-        made = _Unsorting(out, order).rows(rows)
+        made = Unsorting(out, order).rows(rows)
     except Refusal as refusal:
         out.refused.append(refusal)
         return None
@@ -395,7 +395,7 @@ def is_pointwise(target: Any) -> bool:
     return torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
 
 
-class _Unsorting:
+class Unsorting:
     """Expressions on sorted rows, turned into expressions on pairs.  Raises Refusal where that is not possible."""
 
     def __init__(self, out: Emitter, order: Order) -> None:
@@ -727,8 +727,8 @@ class _Unsorting:
             waiting = [a for a in at.all_input_nodes if a not in self._depends]
             if at in self._depends or not waiting:
                 todo.pop()
-                found = any(self._depends[a] for a in at.all_input_nodes)
-                self._depends.setdefault(at, found)
+                if at not in self._depends:
+                    self._depends[at] = any(self._depends[a] for a in at.all_input_nodes)
             else:
                 todo += waiting
         return self._depends[node]

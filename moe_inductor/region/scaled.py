@@ -31,7 +31,9 @@ def _scaled(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node |
     if product.target is not aten.mul.Tensor or len(product.args) != 2:
         return None
     h, s = product.args
-    if not isinstance(h, fx.Node) or not is_column(s) or not follows_a_projection(h):
+    if not isinstance(h, fx.Node) or not isinstance(s, fx.Node):
+        return None
+    if not is_column(s) or not follows_a_projection(h):
         return None
     origin, made = node.meta.get("stack_trace"), value(node)
     h, s = (_narrow(n, made.dtype) for n in (h, s))

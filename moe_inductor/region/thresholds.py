@@ -74,7 +74,7 @@ def chosen_by_experts(graph: fx.Graph, roots: Collection[fx.Node] = ()) -> Refus
     for node in graph.nodes:
         if name_of(node) != "topk" or not node.all_input_nodes or node in roots:
             continue
-        experts = _choosers(node)
+        experts = choosers(node)
         reads = sum(1 for _ in _read_by(node)) if experts is not None else 0
         if reads and (reads == experts or any(_stacks(n, experts) for n in graph.nodes)):
             words = "experts choose their tokens (a top-k over tokens): a token may have any number of experts, or none"
@@ -93,7 +93,7 @@ def _stacks(node: fx.Node, experts: int | None) -> bool:
     )
 
 
-def _choosers(topk: fx.Node) -> int | None:
+def choosers(topk: fx.Node) -> int | None:
     """E where ``topk`` chooses along the tokens of scores that were made as [T, E]."""
     scores = topk.all_input_nodes[0]
     if not is_tensor(scores) or value(scores).dim() != 2:

@@ -37,9 +37,8 @@ from moe_inductor.region.find import (
     looks_like_moe,
     router_only,
 )
-from moe_inductor.region.nodes import location, value
-from moe_inductor.region.slots import sent_to_slots
-from moe_inductor.region.thresholds import chosen_by_experts, kept_by_threshold
+from moe_inductor.region.nodes import location, name_of, value
+from moe_inductor.region.thresholds import choosers, chosen_by_experts, kept_by_threshold
 from moe_inductor.rewrite.experts import ExpertsRewriter
 from moe_inductor.rewrite.router import RouterRewriter
 from moe_inductor.rewrite.support import check_support
@@ -75,17 +74,14 @@ def fuse_moe_blocks(
     assumed = Assumed(assumptions)
     for module in modules:
         with _timed(report, "region"):
-            regions = find_regions(module.graph)
+            regions = [r for r in find_regions(module.graph) if not _is_chosen(r)]
         if (chosen := chosen_by_experts(module.graph, [r.root for r in regions])) is not None:
             report.blocks.append(_refused(chosen.reason))
         elif not regions and not looks_like_moe(module.graph):
-            slots = sent_to_slots(module.graph)
             router = router_only(module.graph)
             dense = dense_only(module.graph) if router is None else None
             named = kept_by_threshold(module.graph.nodes) if dense is not None else None
-            if slots is not None:
-                report.blocks.append(_slots(slots))
-            elif named is not None:
+            if named is not None:
                 report.blocks.append(_refused(named.reason))
             elif router is not None:
                 report.blocks.append(_router_only(router, uncaptured))
@@ -126,6 +122,11 @@ def _join_ways(
             id(b) for region, told in blocks if region.anchor in fork.ways[1].nodes for b in told
         }
         report.blocks = [block for block in report.blocks if id(block) not in gone]
+
+
+def _is_chosen(region: Region) -> bool:
+    """Slots that experts fill with tokens of their own choice."""
+    return region.has_slots and name_of(region.root) == "topk" and choosers(region.root) is not None
 
 
 def _fuse_region(
@@ -181,6 +182,8 @@ def _prove_blocks(
     canonical: Canonical, report: CompileReport, assumed: Assumed
 ) -> tuple[list[Bound], list[Refusal]]:
     refused: list[Refusal] = []
+    if canonical.region.has_slots and canonical.emitter.refused:
+        return [], canonical.emitter.refused  # there are no pairs without the slots
     proposals = propose(canonical, spellings(ExpertsSpelling), refused)
     while True:
         with _timed(report, "match"):
@@ -279,15 +282,6 @@ def not_captured(reason: Reason) -> BlockReport:
 
 def _refused(reason: Reason) -> BlockReport:
     return BlockReport(spelling="", fused=False, reason=reason, location=reason.location)
-
-
-def _slots(node: fx.Node) -> BlockReport:
-    words = (
-        "tokens are sent to slots of the experts by products with masks (GShard): "
-        "that no two of them have the same slot is not proved"
-    )
-    reason = Reason(Code.SPELLING, words, location(node))
-    return _refused(reason)
 
 
 def _dense(node: fx.Node) -> BlockReport:

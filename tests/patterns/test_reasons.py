@@ -7,6 +7,7 @@ import torch
 from moe_inductor.patterns import (
     _blocks,
     _mask_loops,
+    capacity_slots,
     dense_experts,
     expert_loop,
     hf_batched_mm,
@@ -221,21 +222,12 @@ def test_a_router_that_is_an_input_is_named(rewritten):
     assert "()" not in block.router_reason.message
 
 
-@pytest.mark.parametrize(
-    "block",
-    [
-        dense_experts.GShard,
-        dense_experts.GShardCapacity,
-        dense_experts.GShardOneSlot,
-        dense_experts.NanoMoE,
-    ],
-)
-def test_tokens_that_masks_send_to_slots_are_named(rewritten, block):
-    compiled = rewritten(block())
+def test_tokens_that_masks_send_to_slots_are_named(rewritten):
+    compiled = rewritten(capacity_slots.Scaled())
     compiled(torch.randn(T, 32))
     (found,) = compiled.blocks
     assert "tokens are sent to slots of the experts by products with masks" in found.reason.message
-    assert found.reason.location.startswith("dense_experts.py:")
+    assert found.reason.location.startswith("capacity_slots.py:")
 
 
 def test_a_dense_block_has_no_slots(rewritten):
