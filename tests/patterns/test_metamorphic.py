@@ -89,8 +89,8 @@ def noisy(module: nn.Module, noise: dict[str, Callable[[torch.Tensor], torch.Ten
         def act(self, gate_up):
             return noise["hidden"](super().act(noise["gate_up"](gate_up)))
 
-        def scores(self, topk_ids, topk_weights):
-            return noise["scores"](super().scores(topk_ids, topk_weights))
+        def scores(self, *given):
+            return noise["scores"](super().scores(*given))
 
         def expert(self, e, rows):
             return noise["given"](super().expert(e, noise["read"](rows)))
