@@ -5,8 +5,9 @@ Megatron-LM: the token dispatcher without communication (``permute`` and ``unper
 
 import torch
 from moe_inductor.patterns import _blocks
-from moe_inductor.patterns._blocks import HIDDEN, NUM_EXPERTS
+from moe_inductor.patterns._blocks import HIDDEN, INTERMEDIATE, NUM_EXPERTS
 from torch import nn
+from torch.nn import functional as F
 
 from moe_inductor.match.api import NearMiss, Sample
 
@@ -86,6 +87,58 @@ class PermutedInFloat(Permuted):
         return topk_weights.to(torch.promote_types(logits.dtype, torch.float32)), topk_ids
 
 
+class Scored(nn.Module):
+    """One expert, which scales its rows before the last projection."""
+
+    def __init__(self, bias=False):
+        super().__init__()
+        self.fc1 = nn.Linear(HIDDEN, 2 * INTERMEDIATE, bias=bias)
+        self.fc2 = nn.Linear(INTERMEDIATE, HIDDEN, bias=bias)
+
+    def scaled(self, hidden, probs):
+        return (hidden * probs.unsqueeze(-1)).to(hidden.dtype)
+
+    def forward(self, rows, probs):
+        gate, up = self.fc1(rows).chunk(2, dim=-1)
+        return self.fc2(self.scaled(F.silu(gate) * up, probs))
+
+
+class PermutedScored(PermutedInFloat):
+    """Releases of 2025 on: each expert is given the probabilities of its rows, and scales its hidden rows with them."""
+
+    def __init__(self):
+        super().__init__()
+        self.mlps = nn.ModuleList(self.expert() for _ in range(NUM_EXPERTS))
+
+    def expert(self):
+        return Scored()
+
+    def split_probs(self, probs, counts):
+        return torch.split(probs, counts)
+
+    def mlp(self, rows, counts, probs):
+        parts = zip(torch.split(rows, counts), self.split_probs(probs, counts), strict=True)
+        return torch.cat([self.mlps[e](*part) for e, part in enumerate(parts)], dim=0)
+
+    def experts(self, x, topk_ids, topk_weights):
+        probs, routing_map = self.map(topk_ids, topk_weights)
+        rows, sorted_indices = self.permute(x, routing_map)
+        y = self.mlp(rows, self.counts(routing_map), self.sorted_probs(probs, routing_map))
+        out = torch.zeros(x.shape, dtype=y.dtype, device=x.device)
+        out.scatter_add_(0, sorted_indices.unsqueeze(1).expand(-1, HIDDEN), y)
+        return out.to(x.dtype)
+
+
+class PermutedScoredFirst(PermutedScored):
+    """``moe_apply_probs_on_input``: rows are scaled before the experts, which are then given ones."""
+
+    k = 1
+
+    def mlp(self, rows, counts, probs):
+        rows = (probs.unsqueeze(-1) * rows).to(rows.dtype)
+        return super().mlp(rows, counts, torch.ones_like(probs))
+
+
 # -- near misses ------------------------------------------------------------------------------------------------------
 
 
@@ -161,11 +214,80 @@ class PermutedTwice(Permuted):
         return super().unpermute(y, (sorted_indices + 2) % x.shape[0], x, probs)
 
 
+class ScoredWithBias(PermutedScored):
+    """The bias of the last projection is not scaled."""
+
+    def expert(self):
+        return Scored(bias=True)
+
+
+class ScoredGate(PermutedScored):
+    """What is scaled goes through the activation."""
+
+    def expert(self):
+        return _ScoredGate()
+
+
+class _ScoredGate(Scored):
+    def forward(self, rows, probs):
+        gate, up = self.fc1(rows).chunk(2, dim=-1)
+        return self.fc2(F.silu(self.scaled(gate, probs)) * up)
+
+
+class ScoredTwice(PermutedScored):
+    def mlp(self, rows, counts, probs):
+        return super().mlp(rows, counts, probs) * probs.unsqueeze(-1).to(rows.dtype)
+
+
+class ScoredByOthers(PermutedScored):
+    """Scaled with the probabilities of other experts, in a row that has fewer of them."""
+
+    def sorted_probs(self, probs, routing_map):
+        return super().sorted_probs(probs.flip(1), routing_map)
+
+
+class ScoredByNeighbours(PermutedScored):
+    """Each row is scaled by the probability of the row before it."""
+
+    def split_probs(self, probs, counts):
+        return torch.split(probs.roll(1), counts)
+
+
+class ScoredByMean(PermutedScored):
+    """All rows of an expert are scaled by the mean of their probabilities."""
+
+    def expert(self):
+        return _ScoredByMean()
+
+
+class _ScoredByMean(Scored):
+    def scaled(self, hidden, probs):
+        return (hidden * probs.mean()).to(hidden.dtype)
+
+
+class ScoredByColumn(PermutedScored):
+    """A number per column, not per row."""
+
+    def expert(self):
+        return _ScoredByColumn()
+
+
+class _ScoredByColumn(Scored):
+    def __init__(self):
+        super().__init__()
+        self.columns = nn.Parameter(torch.rand(INTERMEDIATE))
+
+    def scaled(self, hidden, probs):
+        return super().scaled(hidden * self.columns, probs)
+
+
 SAMPLES = (
     Sample(name="permuted", build=Permuted),
     Sample(name="permuted_shared", build=PermutedShared, brief=True),
     Sample(name="permuted_pairs", build=PermutedPairs, brief=True),
     Sample(name="permuted_in_float", build=PermutedInFloat, brief=True),
+    Sample(name="permuted_scored", build=PermutedScored, brief=True),
+    Sample(name="permuted_scored_first", build=PermutedScoredFirst, brief=True),
 )
 
 NEAR_MISSES = (
@@ -178,5 +300,12 @@ NEAR_MISSES = (
     NearMiss(name="probs_of_other_choice", build=ProbsOfOtherChoice, code="SPELLING"),
     NearMiss(name="probs_by_token", build=ProbsByToken, code="SPELLING"),
     NearMiss(name="counts_by_others", build=CountsByOthers, code="SPELLING"),
+    NearMiss(name="scored_with_bias", build=ScoredWithBias, code="SPELLING"),
+    NearMiss(name="scored_gate", build=ScoredGate, code="SPELLING"),
+    NearMiss(name="scored_twice", build=ScoredTwice, code="SPELLING"),
+    NearMiss(name="scored_by_others", build=ScoredByOthers, code="EXPERT_SHAPES"),
+    NearMiss(name="scored_by_neighbours", build=ScoredByNeighbours, code="SPELLING"),
+    NearMiss(name="scored_by_mean", build=ScoredByMean, code="ACTIVATION"),
+    NearMiss(name="scored_by_column", build=ScoredByColumn, code="SPELLING"),
     NearMiss(name="permuted_twice", build=PermutedTwice, code="SPELLING"),
 )

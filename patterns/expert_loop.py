@@ -119,6 +119,33 @@ class InModules(Loop):
         return self.mlps[e](rows)
 
 
+class HiddenScored(InModules):
+    """DeepSeek-V3.2's own code: an expert is given its routing weights, and scales what its last projection reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = None
+
+    def experts(self, x, topk_ids, topk_weights):
+        out = self.start(x)
+        for e in self.visited:
+            token, slot = torch.where(topk_ids == e)
+            out[token] += self.scored(self.mlps[e], x[token], topk_weights[token, slot, None])
+        return out
+
+    def scored(self, mlp, rows, weights):
+        hidden = F.silu(mlp.w1(rows).float()) * mlp.w3(rows).float()
+        return F.linear((weights * hidden).to(rows.dtype), mlp.w2.weight, self.bias)
+
+
+class HiddenScoredWithBias(HiddenScored):
+    """The bias of the last projection is not scaled."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(HIDDEN))
+
+
 class FirstModules(InModules):
     """Tokens of an expert that is never visited add nothing; its router chooses among one more than are fused."""
 
@@ -595,6 +622,7 @@ EXPERT_LOOP = ExpertsSpelling(
         Sample(name="tokens_first", build=TokensFirst),
         Sample(name="compare", build=Compare),
         Sample(name="module_list", build=InModules),
+        Sample(name="hidden_scored", build=HiddenScored, brief=True),
         Sample(name="first_modules", build=FirstModules),
         Sample(name="module_dict", build=InDict),
         Sample(name="flat", build=Flat),
@@ -632,6 +660,7 @@ EXPERT_LOOP = ExpertsSpelling(
         NearMiss(name="score_of_other_expert", build=OtherColumn, code="SPELLING"),
         NearMiss(name="weight_twice", build=WeightTwice, code="SPELLING"),
         NearMiss(name="norm_after_expert", build=PostNorm, code="SPELLING"),
+        NearMiss(name="hidden_scored_with_bias", build=HiddenScoredWithBias, code="SPELLING"),
         NearMiss(name="expert_missing", build=Missing, code="EXPERT_MISSING"),
         NearMiss(name="expert_twice", build=Twice, code="EXPERT_TWICE"),
         NearMiss(name="weights_permuted", build=OtherWeights, code="EXPERT_WEIGHTS"),

@@ -465,9 +465,12 @@ def row_of(out: Emitter, base: fx.Node, dim: int, index: Any, made: Any, origin:
         if len(leading) > dim and out.same_sizes(value(base).shape[: dim + 1], leading):
             narrow = row_of(out, inner, dim, index, value(inner).select(dim, 0), origin)
             return out.view(narrow, made, origin)
-    computed = base.op == "call_function" and base.target is not aten.permute.default
+    source = node_arg(base, 0) if base.target is aten.permute.default else base
+    if source is not base and source.target is aten.view.default:
+        source = node_arg(source, 0)
+    computed = source.op == "call_function" and (source is base or not _is_mask(source))
     if computed and is_one(value(base).shape[dim]):
-        return out.view(base, made, origin)
+        return out.apply(aten.view.default, (base, out.sizes(made)), {}, made, origin)
     row = _one_hot_row(out, base, dim, index, made, origin)
     if row is not None:
         return row
@@ -748,6 +751,7 @@ from moe_inductor.region import einsums as _einsums  # noqa: E402, F401
 from moe_inductor.region import maps as _maps  # noqa: E402, F401
 from moe_inductor.region import one_batch as _one_batch  # noqa: E402
 from moe_inductor.region import rows as _rows  # noqa: E402, F401
+from moe_inductor.region import scaled as _scaled  # noqa: E402, F401
 from moe_inductor.region import slot_pairs as _slot_pairs  # noqa: E402, F401
 from moe_inductor.region import sparse as _sparse  # noqa: E402, F401
 from moe_inductor.region import stacks as _stacks  # noqa: E402, F401

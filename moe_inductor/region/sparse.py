@@ -302,7 +302,7 @@ def _chosen_only(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 @rule(*RESHAPES, first=True)
 def _leading(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     """view(scatter(full [B, S, E], ids, w), [T, E]) = scatter(full [T, E], view(ids), view(w))"""
-    source = args[0]
+    source = node_arg(args[0], 0) if args[0].target is aten.view.default else args[0]
     if source.target is not aten.scatter.src:
         return None
     found, made, origin = matrix_of(source), value(node), node.meta.get("stack_trace")

@@ -5,7 +5,6 @@ Nothing here names a pattern.  A new file in patterns/ is tested because it is t
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import glob
 import itertools
@@ -26,15 +25,9 @@ from moe_inductor.match.api import (
     HitListSpelling,
     RouterSpelling,
     Sample,
-    combinations,
     discover,
 )
-from moe_inductor.match.experts import propose
-from moe_inductor.match.pieces import PROJECTIONS, Shapes, experts_pieces, router_piece
-from moe_inductor.prove import assumptions
-from moe_inductor.prove.prove import prove_experts
-from moe_inductor.reasons import Code, Refusal
-from moe_inductor.rewrite import pipeline
+from moe_inductor.reasons import Code
 from tests.oracle import assert_within_fp64_rule
 
 aten = torch.ops.aten
@@ -206,77 +199,3 @@ def test_every_spelling_is_used():
     fused = {name for row in recorded for name in row.get("spelling", "").split(", ")}
     unused = [s.name for s in SPELLINGS if not s.samples and s.name not in fused]
     assert not unused
-
-
-def _others(canonical, known: ExpertsSpelling) -> list[str]:
-    """The spellings of experts that are proved of one normal form, besides the one that is known to be."""
-    names = set()
-    for spelling in SPELLINGS:
-        if not isinstance(spelling, ExpertsSpelling) or spelling is known:
-            continue
-        for proposed in propose(canonical, [spelling], []):
-            for bound in proposed:
-                with contextlib.suppress(Refusal):
-                    prove_experts(canonical, bound)
-                    names.add(spelling.name)
-    return sorted(names)
-
-
-@pytest.mark.parametrize("spelling", [s for s in SPELLINGS if s.samples], ids=lambda s: s.name)
-def test_every_fact_value_is_proved_by_a_sample_and_by_one_spelling(
-    spelling, rewritten, monkeypatch
-):
-    """A fact value that no sample needs is untested, and dead weight in every compile."""
-    used: list[dict[str, object]] = []
-    stage, name = {
-        ExpertsSpelling: (pipeline, "prove_experts"),
-        RouterSpelling: (pipeline, "prove_router"),
-        HitListSpelling: (assumptions, "is_hit_list"),
-        ChosenSpelling: (assumptions, "is_chosen_test"),
-    }[type(spelling)]
-    prove = getattr(stage, name)
-
-    def spy(*args):
-        proved = prove(*args)
-        if proved is not False:
-            used.append(args[-1] if isinstance(args[-1], dict) else args[-1].facts)
-        return proved
-
-    monkeypatch.setattr(stage, name, spy)
-    claimed: list[str] = []
-    rewrite = pipeline.ExpertsRewriter.fuse
-
-    def look(self, bound):
-        claimed.append(bound.spelling.name)
-        assert not _others(self.canonical, bound.spelling), "a graph is claimed by two patterns"
-        return rewrite(self, bound)
-
-    monkeypatch.setattr(pipeline.ExpertsRewriter, "fuse", look)
-    for sample in spelling.samples:
-        dtype = sample.dtypes[-1]
-        rewritten(sample.build().to(dtype))(torch.randn(T, 32, dtype=dtype))
-    assert len(claimed) >= len(spelling.samples)
-    # Two values may trace alike on a CPU and differ on a GPU (softmax of half precision into fp32).
-    proved = {_trace_of(spelling, facts) for facts in used}
-    for fact, values in spelling.facts.items():
-        for value in values:
-            having = [f for f in combinations(spelling.facts) if f[fact] == value]
-            assert proved & {_trace_of(spelling, f) for f in having}, f"{fact}={value} is unused"
-
-
-def _trace_of(spelling, facts: dict[str, object]) -> str:
-    shapes = Shapes(
-        x_dtype=torch.bfloat16,
-        weight_dtype=torch.bfloat16,
-        routing_dtype=torch.float32,
-        device=torch.device("cpu"),
-        num_tokens=7,
-        top_k=2,
-    )
-    items = tuple(sorted(facts.items()))
-    if isinstance(spelling, (HitListSpelling, ChosenSpelling)):
-        return repr(items)
-    if isinstance(spelling, RouterSpelling):
-        return repr(router_piece(spelling, items, shapes)[0])
-    pieces = experts_pieces(spelling, items, shapes, PROJECTIONS[0])
-    return repr((pieces.upper, pieces.second, pieces.first))
