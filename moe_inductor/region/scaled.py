@@ -33,7 +33,7 @@ def _scaled(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node |
     h, s = product.args
     if not isinstance(h, fx.Node) or not isinstance(s, fx.Node):
         return None
-    if not is_column(s) or not follows_a_projection(h):
+    if not is_column(s) or not follows_a_projection(h) or _depends(s, h):
         return None
     origin, made = node.meta.get("stack_trace"), value(node)
     h, s = (_narrow(n, made.dtype) for n in (h, s))
@@ -46,6 +46,20 @@ def _scaled(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node |
 def _narrow(node: fx.Node, dtype: torch.dtype) -> fx.Node:
     is_cast = node.target is aten._to_copy.default
     return node_arg(node, 0) if is_cast and value(node_arg(node, 0)).dtype == dtype else node
+
+
+def _depends(node: fx.Node, on: fx.Node) -> bool:
+    """Is ``node`` computed from ``on``, cast or not?  Then it is part of a norm, and no routing weight."""
+    source = node_arg(on, 0) if on.target is aten._to_copy.default else on
+    todo, seen = [node], set()
+    while todo:
+        at = todo.pop()
+        if at is source:
+            return True
+        if at not in seen:
+            seen.add(at)
+            todo += at.all_input_nodes
+    return False
 
 
 @rule(aten.mul.Tensor, first=True)
