@@ -32,14 +32,15 @@ def before_call(tx: Any, call: Any) -> None:
         method = stack[place]
         if type(method) is not _compat.UserMethodVariable or method.fn is not nn.Module.to:
             continue
-        module = getattr(method.obj, "value", None)
+        bound = getattr(method, "obj", None)  # torch 2.15 has it elsewhere, and traces Module.to
+        module = getattr(bound, "value", None)
         argument = stack[-1].realize()
         by_dtype = argument.is_python_constant() and isinstance(
             argument.as_python_constant(), torch.dtype
         )
         plain = isinstance(module, nn.Module) and all(map(_is_plain, module.modules()))
         if plain and by_dtype:
-            stack[place] = _compat.UserMethodVariable(to_dtype, method.obj)
+            stack[place] = _compat.UserMethodVariable(to_dtype, bound)
 
 
 def _is_plain(module: nn.Module) -> bool:
