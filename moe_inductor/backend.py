@@ -191,6 +191,7 @@ class MoEInductor:
         self._tell_lost(report, split(options)[0])
 
     def _tell_lost(self, report: CompileReport, options: Options) -> None:
+        """Of a frame that has no graph any more.  Raises NotFused under ``strict``."""
         self.reports.append(report)
         if options.strict and report.refused:
             raise _compat.user_error(NotFused(f"moe_inductor: {report.summary()}"))

@@ -5,7 +5,7 @@
 
 ``combine [T, E, C]`` holds the weight of a token where it has a slot of an expert.  Slots are counted by a cumulated
 sum of one-hot masks, and what is beyond the capacity ``C`` is dropped.  That no two tokens share a slot is shown, and
-the masks are gone in the normal form (``region/slots.py``).  So the reference says what is left: each pair's row
+the masks are gone in the normal form (``region/slot_pairs.py``).  So the reference says what is left: each pair's row
 through its own expert and one product with the weights, where a pair that was dropped has the id -1 and weighs zero.
 
 A pair that was dropped adds nothing, to the result or to a gradient.  In eager it adds zero times what is in the slots

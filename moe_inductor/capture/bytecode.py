@@ -84,6 +84,17 @@ class Bytecode:
             i = self.jumps[i][0]
         return i
 
+    def arms(self, test: Any, truth: bool) -> tuple[int, int, set[int]] | None:
+        """Where the conditional jump ``test`` goes on if what it tests is ``truth``, where else, and the headers of the
+        loops that it may be in.  None if it is not that of an ``if``."""
+        jump, opname = self.index[id(test)], test.opname
+        if not opname.startswith("POP_JUMP") or not opname.endswith(("IF_TRUE", "IF_FALSE")):
+            return None
+        taken, fall = self.index[id(test.target)], jump + 1
+        arm, other = (taken, fall) if opname.endswith("TRUE") == truth else (fall, taken)
+        loops = {i for i in range(jump) if self.instructions[i].opname == "FOR_ITER"}
+        return arm, other, loops
+
     def same_returns(self, i: int) -> set[int]:
         """``return x`` of a local or a constant starts at ``i``: everywhere it does.  Else ``i`` alone."""
         returned = self._returned(i)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from moe_inductor import _compat
+from moe_inductor.capture.trackers import realized
 
 
 def to_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -25,22 +26,21 @@ def to_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def before_call(tx: Any, call: Any) -> None:
     """Have ``to_dtype`` called for ``module.to(dtype)``."""
-    stack = tx.stack
-    for place in (-2, -3):
-        if call.arg != 1 or len(stack) < -place:
-            return
-        method = stack[place]
+    if call.arg != 1:
+        return
+    for place in range(-min(3, len(tx.stack)), -1):
+        method = tx.stack[place]
         if type(method) is not _compat.UserMethodVariable or method.fn is not nn.Module.to:
             continue
-        bound = getattr(method, "obj", None)  # torch 2.15 has it elsewhere, and traces Module.to
-        module = getattr(bound, "value", None)
-        argument = stack[-1].realize()
-        by_dtype = argument.is_python_constant() and isinstance(
-            argument.as_python_constant(), torch.dtype
-        )
-        plain = isinstance(module, nn.Module) and all(map(_is_plain, module.modules()))
-        if plain and by_dtype:
-            stack[place] = _compat.UserMethodVariable(to_dtype, bound)
+        bound: Any = getattr(method, "obj", None)  # torch 2.15 has it elsewhere, and traces Module.to
+        module, argument = getattr(bound, "value", None), realized(tx.stack[-1])
+        if (
+            isinstance(module, nn.Module)
+            and all(map(_is_plain, module.modules()))
+            and argument.is_python_constant()
+            and isinstance(argument.as_python_constant(), torch.dtype)
+        ):
+            tx.stack[place] = _compat.UserMethodVariable(to_dtype, bound)
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from moe_inductor import _compat
 from moe_inductor.capture.assumptions import Forked, Pass
 from moe_inductor.capture.bytecode import Bytecode
 from moe_inductor.capture.purity import Impure, Region, check_allowed
+from moe_inductor.capture.trackers import realized
 from moe_inductor.region.nodes import mutated, storages
 
 
@@ -36,12 +37,10 @@ def ways(tx: Any, truth: bool, test: Any) -> Ways | None:
     """The two ways from the conditional jump ``test``, where ``truth`` stands for something; None unless both do
     something and then meet."""
     code = Bytecode.of(tx)
-    jump, opname = code.index[id(test)], test.opname
-    if not opname.startswith("POP_JUMP") or not opname.endswith(("IF_TRUE", "IF_FALSE")):
+    arms = code.arms(test, truth)
+    if arms is None:
         return None
-    taken, fall = code.index[id(test.target)], jump + 1
-    some, none = (taken, fall) if opname.endswith("TRUE") == truth else (fall, taken)
-    loops = {i for i in range(jump) if tx.instructions[i].opname == "FOR_ITER"}
+    some, none, loops = arms
     reached = [code.reachable(start, stop=loops) for start in (some, none)]
     shared = reached[0] & reached[1]
     body = (reached[0] | reached[1]) - shared
@@ -113,7 +112,7 @@ class Fork(Region):
         if of_some.keys() != of_none.keys():
             raise Impure("it leaves more on the stack than the other way")
         for name in of_some:
-            some, none = _realized(of_some[name]), _realized(of_none[name])
+            some, none = realized(of_some[name]), realized(of_none[name])
             if some is None or none is None:
                 raise Impure(f"`{name}` is not assigned either way")
             if some is none or _same_constant(some, none):
@@ -154,10 +153,6 @@ def open_fork(
 
 def _same(a: Any, b: Any) -> bool:
     return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
-
-
-def _realized(value: Any) -> Any:
-    return value.realize() if hasattr(value, "realize") else value
 
 
 def _same_constant(a: Any, b: Any) -> bool:

@@ -244,14 +244,11 @@ def loop_region(tx: Any, location: str, start: Any) -> Region:
 def branch_region(tx: Any, truth: bool, location: str, test: Any, size: Any = None) -> Region:
     """What is executed only because at the conditional jump ``test`` the value is ``truth``."""
     code = Bytecode.of(tx)
-    jump = code.index[id(test)]
-    opname = test.opname
-    if not opname.startswith("POP_JUMP") or not opname.endswith(("IF_TRUE", "IF_FALSE")):
+    arms = code.arms(test, truth)
+    if arms is None:
         raise Impure("the test is not an if statement")
-    taken, fall = code.index[id(test.target)], jump + 1
-    arm, skipped = (taken, fall) if opname.endswith("TRUE") == truth else (fall, taken)
+    arm, skipped, loops = arms
     joins = code.same_returns(code.after_jumps(skipped))
-    loops = {i for i in range(jump) if tx.instructions[i].opname == "FOR_ITER"}
     body = code.reachable(arm, stop=loops | joins)
     exits = {s for i in body for s in code.jumps[i]} - body
     if not exits or not exits <= joins:

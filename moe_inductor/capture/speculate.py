@@ -33,6 +33,7 @@ from moe_inductor.capture.assumptions import (
     Visited,
 )
 from moe_inductor.capture.marker import keep
+from moe_inductor.capture.trackers import function_of, is_kind, realized
 
 # A loop over more rows than this is hardly one over experts, and unrolling it takes minutes.
 MAX_EXPERTS = 1024
@@ -208,10 +209,10 @@ def _looks_for_a_number(stack: list[Any], coming: Any) -> list[Any]:
     operands = stack[-2:]
     if coming.opname == "CONTAINS_OP":
         held = operands[-1]
-        if type(held) is Hits or not _is(held, _compat.BaseListVariable):
+        if type(held) is Hits or not is_kind(held, _compat.BaseListVariable):
             return []
         operands = [operands[0], *held.items]
-    return [value for value in operands if _is(value, _compat.SymNodeVariable)]
+    return [value for value in operands if is_kind(value, _compat.SymNodeVariable)]
 
 
 def _before(attempt: scope.Attempt, tx: Any, coming: Any) -> Callable[[], None] | None:
@@ -231,7 +232,7 @@ def _before(attempt: scope.Attempt, tx: Any, coming: Any) -> Callable[[], None] 
         _format_of_rolled(tx, coming)
     if coming.opname == "CALL":
         conversion.before_call(tx, coming)
-    if coming.opname == "CALL" and any(_function_of(f) is len for f in tx.stack[-3:-1]):
+    if coming.opname == "CALL" and any(function_of(f) is len for f in tx.stack[-3:-1]):
         _note_length_of_pieces(attempt, tx.stack[-1], _location(tx, coming))
     return None
 
@@ -247,19 +248,19 @@ def _index_by_row(tx: Any, coming: Any) -> None:
     the other index where it has one.  Both are ``x.select(1, e)[token_idx, None]``.
     """
     key = tx.stack[-1]
-    if _is(key, _ROWS) and _is(_realized(tx.stack[-2]), _compat.BaseListVariable):
-        if _is(key, rolled.RolledIndex):
+    if is_kind(key, _ROWS) and is_kind(realized(tx.stack[-2]), _compat.BaseListVariable):
+        if is_kind(key, rolled.RolledIndex):
             key.refuse("the index of a list")
         tx.stack[-1] = key.nb_index_impl(tx)  # what Python does, and Dynamo from torch 2.13 on
-    if not _is(key, _compat.TupleVariable):
+    if not is_kind(key, _compat.TupleVariable):
         return
-    places = [i for i, item in enumerate(key.items) if _is(item, _ROWS)]
+    places = [i for i, item in enumerate(key.items) if is_kind(item, _ROWS)]
     if not places:
         return
     row, place = key.items[places[0]], places[0]
     if coming.opname == "STORE_SUBSCR" and not row.dims:
         return  # a number means the same
-    refuse = row.refuse if _is(row, rolled.RolledIndex) else give_up
+    refuse = row.refuse if is_kind(row, rolled.RolledIndex) else give_up
     kinds = [_kind_of_index(item) for item in key.items]
     tensors = [i for i, kind in enumerate(kinds) if kind in ("tensor", "row")]
     in_place = tensors == list(range(tensors[0], tensors[-1] + 1))  # dimensions keep their order
@@ -280,12 +281,12 @@ def _index_by_row(tx: Any, coming: Any) -> None:
 
 def _kind_of_index(item: Any) -> str | None:
     """How torch takes one part of an index; None where it is not known here."""
-    if _is(item, _ROWS):
+    if is_kind(item, _ROWS):
         return "row"
-    if _is(item, _compat.TensorVariable):
+    if is_kind(item, _compat.TensorVariable):
         value = item.as_proxy().node.meta["example_value"]
         return "tensor" if value.dim() and value.dtype in (torch.int64, torch.int32) else None
-    if _is(item, _compat.SliceVariable):
+    if is_kind(item, _compat.SliceVariable):
         return "slice"
     if type(item) is _compat.ConstantVariable:
         kinds = {type(None): "new", int: "number"}
@@ -296,14 +297,14 @@ def _kind_of_index(item: Any) -> str | None:
 def _use_of_rolled(tx: Any, coming: Any) -> None:
     """Where the model may use a row of the hit list, give Dynamo what it knows to handle there."""
     stack, right = tx.stack, tx.stack[-1]
-    rows = [value for value in stack[-2:] if _is(value, rolled.RolledIndex)]
+    rows = [value for value in stack[-2:] if is_kind(value, rolled.RolledIndex)]
     if not rows:
         return
     if coming.opname == "CALL":
         if (
             rows[-1] is right
             and coming.arg == 1
-            and any(_function_of(f) in _NUMBER_OF for f in stack[-3:-1])
+            and any(function_of(f) in _NUMBER_OF for f in stack[-3:-1])
         ):
             stack[-1] = right.number
         return
@@ -319,7 +320,7 @@ def _use_of_rolled(tx: Any, coming: Any) -> None:
     tested = following.startswith("POP_JUMP") or following == "TO_BOOL"
     beside_tensor &= not any(row.dims for row in rows)
     if beside_tensor or (coming.opname == "COMPARE_OP" and tested):
-        stack[-2:] = [v.number if _is(v, rolled.RolledIndex) else v for v in stack[-2:]]
+        stack[-2:] = [v.number if is_kind(v, rolled.RolledIndex) else v for v in stack[-2:]]
 
 
 def _format_of_rolled(tx: Any, coming: Any) -> None:
@@ -328,7 +329,7 @@ def _format_of_rolled(tx: Any, coming: Any) -> None:
         coming.opname == "FORMAT_VALUE" and coming.arg & 0x04
     )
     row = tx.stack[-2 if has_spec else -1]
-    if _is(row, rolled.RolledIndex):
+    if is_kind(row, rolled.RolledIndex):
         row.refuse("a string")
 
 
@@ -338,9 +339,9 @@ def _answer_test(attempt: scope.Attempt, tx: Any, jump: Any) -> None:
     location = _location(tx, jump)
     if location in attempt.frame.distrusted:
         return
-    if _is(value, _compat.SymNodeVariable) and _rolled_loops(attempt, value.sym_num):
+    if is_kind(value, _compat.SymNodeVariable) and _rolled_loops(attempt, value.sym_num):
         tx.stack[-1] = _compat.ConstantVariable.create(_decide(attempt, value.sym_num))
-    elif _is(value, _compat.SymNodeVariable):
+    elif is_kind(value, _compat.SymNodeVariable):
         found = emptiness.of_number(value.sym_num)
         if found is None:
             return
@@ -433,7 +434,9 @@ def _iterate(attempt: scope.Attempt, tx: Any, start: Any) -> None:
     elements: list[Any] | None = _roll(attempt, tx, region, hits.rows, hits.bound, hits.dims)
     if elements is not None:
         last = _listed(hits.bound - 1, hits.dims)
-        elements = [each.listed(tx) if _is(each, rolled.RolledIndex) else last for each in elements]
+        elements = [
+            each.listed(tx) if is_kind(each, rolled.RolledIndex) else last for each in elements
+        ]
     else:
         attempt.assumptions.append(
             Visited(keep(tx, hits.rows), hits.bound, location, region.passes)
@@ -473,13 +476,13 @@ def _roll(
 def _index_modules(attempt: scope.Attempt, tx: Any) -> Callable[[], None] | None:
     """``self.experts[e]`` for a list of modules: trace it for a representative."""
     key = tx.stack[-1]
-    number = key.number if _is(key, rolled.RolledIndex) else key
-    if not _is(number, _compat.SymNodeVariable) or not isinstance(number.sym_num, torch.SymInt):
+    number = key.number if is_kind(key, rolled.RolledIndex) else key
+    if not is_kind(number, _compat.SymNodeVariable) or not isinstance(number.sym_num, torch.SymInt):
         return None
     found = attempt.rolled.get(number.sym_num.node.expr)
     if found is None:
         return None
-    modules = getattr(_realized(tx.stack[-2]), "value", None)
+    modules = getattr(realized(tx.stack[-2]), "value", None)
     if type(modules) is not torch.nn.ModuleList:
         return None
     loop, traced = found
@@ -698,27 +701,11 @@ def _builtin_being_called() -> Any:
             return owner.fn
         if frame.f_code.co_name == "call_function" and isinstance(owner, _compat.VariableTracker):
             # torch >= 2.15 has other trackers for builtins that it evaluates on constants.
-            return _function_of(owner)
+            return function_of(owner)
         frame = frame.f_back
         if frame is None:
             return None
     return None
-
-
-def _is(tracker: Any, kind: type | tuple[type, ...]) -> bool:
-    """``isinstance`` without looking: Dynamo's realizes what it is asked about, which changes the graph's inputs."""
-    return issubclass(type(tracker), kind)
-
-
-def _realized(tracker: Any) -> Any:
-    """What the coming instruction looks at anyway."""
-    return tracker.realize() if hasattr(tracker, "realize") else tracker
-
-
-def _function_of(tracker: Any) -> Any:
-    """What a tracker stands for that holds it as it is.  (Some compute it, and some cannot.)"""
-    held = vars(tracker)
-    return held.get("fn", held.get("value"))
 
 
 def _innermost() -> Any:

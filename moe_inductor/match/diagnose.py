@@ -5,15 +5,20 @@ Read after every spelling has failed, so that a refusal says what the model does
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.canonical import Canonical
 from moe_inductor.region.find import Region, products_of
-from moe_inductor.region.nodes import is_floating, location, name_of, node_arg, value
+from moe_inductor.region.nodes import (
+    is_floating,
+    location,
+    name_of,
+    node_arg,
+    uncast,
+    value,
+)
 from moe_inductor.region.pairs import PAIR_LINEAR
 from moe_inductor.region.scaled import follows_a_projection, is_column
 from moe_inductor.region.thresholds import kept_by_threshold
@@ -119,19 +124,17 @@ def _bias_not_scaled(graph: fx.Graph) -> Refusal | None:
     for node in graph.nodes:
         if node.target is not aten.add.Tensor or not isinstance(node.args[1], fx.Node):
             continue
-        given, bias = _uncast(node.args[0]), _uncast(node.args[1])
+        given, bias = (uncast(node_arg(node, i)) for i in range(2))
         is_product = given.target is aten.mm.default
-        scaled = _uncast(given.args[0]) if is_product else given  # before the projection, or behind
+        scaled = (
+            uncast(node_arg(given, 0)) if is_product else given
+        )  # before the projection, or behind
         if scaled.target is not aten.mul.Tensor or not is_column(scaled.args[1]):
             continue
-        rows = _uncast(scaled.args[0])
+        rows = uncast(node_arg(scaled, 0))
         of_pairs = rows.target is PAIR_LINEAR and bias.target is aten.index.Tensor
         is_bias = value(bias).dim() == 1 or (of_pairs and bias.args[1] == [rows.args[1]])
         if is_bias and follows_a_projection(rows):
             words = "the routing weight scales what an expert computes, but not the bias of its last projection"
             return Refusal(Code.SPELLING, words, location(node) or location(rows))
     return None
-
-
-def _uncast(node: Any) -> fx.Node:
-    return node_arg(node, 0) if node.target is aten._to_copy.default else node

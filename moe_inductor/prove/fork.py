@@ -22,6 +22,7 @@ from moe_inductor.region.canonical import State, states_of, trace, under
 from moe_inductor.region.find import Region
 from moe_inductor.region.nodes import (
     is_floating,
+    is_random,
     is_tensor,
     location,
     mutated,
@@ -86,7 +87,7 @@ def prove_fork(gm: fx.GraphModule, fork: Forked) -> None:
         words = f"{_WORDS} ({type(error).__name__}: {str(error).strip().splitlines()[:1]})"
         raise Refusal(Code.ASSUMPTION, words, where) from error
     for node in traced.graph.nodes:
-        if _is_random(node):
+        if is_random(node.target):
             raise Refusal(Code.ASSUMPTION, f"{_WORDS}: random numbers are drawn", where)
         if not _takes_no_rows(node):
             words = f"{_WORDS}: `{name_of(node)}` of no rows"
@@ -239,9 +240,3 @@ def _takes_no_rows(node: fx.Node) -> bool:
         return True
     pointwise = isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
     return pointwise or name_of(node) in _OF_NO_ROWS
-
-
-def _is_random(node: fx.Node) -> bool:
-    return isinstance(node.target, OpOverload) and (
-        torch.Tag.nondeterministic_seeded in node.target.tags
-    )

@@ -17,7 +17,13 @@ import torch
 from torch import fx
 
 from moe_inductor.region.axes import Atom, Axes, axes_of, laid_out
-from moe_inductor.region.nodes import is_tensor, node_arg, same_sizes, value
+from moe_inductor.region.nodes import (
+    is_tensor,
+    node_arg,
+    same_sizes,
+    uncast,
+    value,
+)
 from moe_inductor.region.normalise import Emitter, arithmetic, cast, is_one, rule
 from moe_inductor.region.sparse import matrix_of
 
@@ -171,7 +177,7 @@ def _same_place(a: _Operand, b: _Operand, mine: Atom, theirs: Atom) -> bool:
 
 def _for_every_expert(out: Emitter, x: fx.Node, e: Atom, origin: str | None) -> fx.Node:
     """``x [.., H]`` as [E, T, H]; a cast comes last."""
-    inner = node_arg(x, 0) if x.target is aten._to_copy.default else x
+    inner = uncast(x)
     flat = value(inner).reshape(-1, value(inner).shape[-1])
     made = flat.expand(e.size, *flat.shape)
     rows = out.view(inner, flat, origin)
@@ -181,7 +187,7 @@ def _for_every_expert(out: Emitter, x: fx.Node, e: Atom, origin: str | None) -> 
 
 def _turned(out: Emitter, stack: fx.Node, dims: tuple[int, ...], origin: str | None) -> fx.Node:
     """The stored matrices, permuted; a cast comes last."""
-    inner = node_arg(stack, 0) if stack.target is aten._to_copy.default else stack
+    inner = uncast(stack)
     turned = out.permute(inner, list(dims), value(inner).permute(dims), origin)
     made = torch.empty_like(value(turned), dtype=value(stack).dtype)
     return cast(out, turned, made, origin)

@@ -102,6 +102,21 @@ def name_of(node: fx.Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
+def uncast(node: fx.Node) -> fx.Node:
+    """What ``node``, in normal form, is a cast of; else itself."""
+    return node_arg(node, 0) if node.target is torch.ops.aten._to_copy.default else node
+
+
+def is_random(target: Any) -> bool:
+    """Does the operator draw random numbers?  Two equal calls are not the same value then."""
+    return isinstance(target, OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+
+
+def origin_of(node: fx.Node) -> str | None:
+    """Where in the model ``node`` comes from, for nodes that take its place."""
+    return node.meta.get("stack_trace")
+
+
 def storages(node: fx.Node) -> set[int]:
     """Identities of the storages behind the value: views of one tensor share them."""
     return {id_ for t in tensors(node) if (id_ := _storage_id(t)) is not None}

@@ -22,7 +22,15 @@ from moe_inductor._compat import FakeTensor, OpOverload, size_expr
 from moe_inductor.capture.rolled import EXPERT_INDEX
 from moe_inductor.reasons import Refusal
 from moe_inductor.region.counts import Numbers
-from moe_inductor.region.nodes import is_floating, is_integral, node_arg, unbacked, value
+from moe_inductor.region.nodes import (
+    is_floating,
+    is_integral,
+    is_random,
+    node_arg,
+    unbacked,
+    uncast,
+    value,
+)
 from moe_inductor.region.pairs import Order, unsorted
 
 aten = torch.ops.aten
@@ -108,7 +116,7 @@ class Emitter:
     ) -> fx.Node:
         key = (target, _key(args), _key(kwargs))
         # A fresh unbacked symbol is a new fact each time; two nonzeros of one mask are still equal.
-        node = None if _is_random(target) else self._interned.get(key)
+        node = None if is_random(target) else self._interned.get(key)
         if node is None:
             node = self.graph.call_function(target, args, kwargs)
             node.meta["val"] = val
@@ -216,10 +224,6 @@ class Emitter:
             inner = self.slice(self.batches[base], dim - 1, start, end, val.squeeze(0), origin)
             return self.batched(inner, val, origin)
         return self.emit(aten.slice.Tensor, (base, dim, start, end), {}, val, origin)
-
-
-def _is_random(target: Any) -> bool:
-    return isinstance(target, OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
 
 
 def normalise(
@@ -485,7 +489,7 @@ def _one_hot_row(
     one_hot = mask
     if mask.target is aten.permute.default:
         dims, one_hot = list(mask.args[1]), node_arg(mask, 0)  # type: ignore[arg-type]
-    compared = node_arg(one_hot, 0) if one_hot.target is aten._to_copy.default else one_hot
+    compared = uncast(one_hot)
     classes = dims[dim]
     if compared.target is not aten.eq.Tensor or classes != len(dims) - 1:
         return None
@@ -666,7 +670,7 @@ def _promoted(out: Emitter, node: fx.Node, made: torch.Tensor, origin: str | Non
 
 
 def _is_mask(node: fx.Node) -> bool:
-    source = node_arg(node, 0) if node.target is aten._to_copy.default else node
+    source = uncast(node)
     return value(source).dtype == torch.bool
 
 

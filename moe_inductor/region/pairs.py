@@ -30,12 +30,15 @@ from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.counts import SORTS, Form, choices, counted, fill_of, plus, root_of, single
 from moe_inductor.region.nodes import (
     has_unbacked,
+    is_random,
     is_tensor,
     location,
     name_of,
     node_arg,
+    origin_of,
     storages,
     unbacked,
+    uncast,
     value,
     written,
 )
@@ -149,10 +152,10 @@ def unsorted(out: Emitter, node: fx.Node) -> fx.Node | None:
     if base is None:
         return made
     per_token = _per_token(out, made, order)
-    summed = out.apply(aten.sum.dim_IntList, (per_token, [1]), {}, value(node), _origin(node))
+    summed = out.apply(aten.sum.dim_IntList, (per_token, [1]), {}, value(node), origin_of(node))
     if fill_of(base) == 0:
         return summed
-    return out.apply(aten.add.Tensor, (base, summed), {}, value(node), _origin(node))
+    return out.apply(aten.add.Tensor, (base, summed), {}, value(node), origin_of(node))
 
 
 def _undoes(node: fx.Node) -> tuple[Order, fx.Node, fx.Node | None] | None:
@@ -333,7 +336,7 @@ def _combined(out: Emitter, node: fx.Node) -> fx.Node | None:
     """bmm(w [T, 1, k], y [T, k, H]) = view(sum(y * view(w, [T, k, 1]), 1), [T, 1, H]) for what the experts of a token
     give, y"""
     weights, given = node_arg(node, 0), node_arg(node, 1)
-    inner = node_arg(given, 0) if given.target is aten._to_copy.default else given
+    inner = uncast(given)
     base = node_arg(inner, 0) if inner.target is aten.view.default else inner
     order = out.pairs.get(base)
     if order is None or not _is_one(value(weights).shape[1]):
@@ -342,7 +345,7 @@ def _combined(out: Emitter, node: fx.Node) -> fx.Node | None:
     if [written(size) for size in shape[:2]] != [written(order.tokens), written(order.top_k)]:
         return None
     column = value(weights).reshape(*shape[:2], 1)
-    origin, made = _origin(node), value(node)
+    origin, made = origin_of(node), value(node)
     scaled = out.apply(
         aten.mul.Tensor,
         (given, out.view(weights, column, origin)),
@@ -364,7 +367,7 @@ def _per_token(out: Emitter, rows: fx.Node, order: Order) -> fx.Node:
     """view(a * b, [T, k, ..]) = view(a, ..) * view(b, ..), and so for casts, of what the experts give"""
     found = value(rows)
     shape = (order.tokens, order.top_k, *found.shape[1:])
-    made, origin = found.new_empty(shape), _origin(rows)
+    made, origin = found.new_empty(shape), origin_of(rows)
     cast = rows if rows.target is aten._to_copy.default else None
     of_view = cast is not None and node_arg(cast, 0).target is aten.view.default
     if not _is_of_experts(rows) and not of_view:
@@ -389,10 +392,8 @@ def _is_of_experts(node: fx.Node) -> bool:
 
 def is_pointwise(target: Any) -> bool:
     """Does each element of the result depend on the elements at its own place alone?"""
-    if not isinstance(target, OpOverload):
-        return False
-    tags = target.tags
-    return torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
+    is_tagged = isinstance(target, OpOverload) and torch.Tag.pointwise in target.tags
+    return is_tagged and not is_random(target)
 
 
 class Unsorting:
@@ -401,7 +402,7 @@ class Unsorting:
     def __init__(self, out: Emitter, order: Order) -> None:
         self.out, self.order = out, order
         self.flat_ids = out.view(
-            order.ids, value(order.ids).new_empty((order.pairs,)), _origin(order.ids)
+            order.ids, value(order.ids).new_empty((order.pairs,)), origin_of(order.ids)
         )
         self._depends: dict[fx.Node, bool] = {order.order: True}
         self._made: dict[Any, fx.Node] = {}
@@ -448,7 +449,7 @@ class Unsorting:
         found, (T, k) = value(tokens), (self.order.tokens, self.order.top_k)
         if written(found.shape[0]) != written(T) or self._depends_on_order(tokens):
             self._refuse(Code.SPELLING, "rows are not gathered from one for each token", node)
-        rest, origin = found.shape[1:], _origin(node)
+        rest, origin = found.shape[1:], origin_of(node)
         column = self.out.view(tokens, found.new_empty((T, 1, *rest)), origin)
         made = found.new_empty((T, k, *rest))
         wide = self.out.apply(aten.expand.default, (column, self.out.sizes(made)), {}, made, origin)
@@ -517,7 +518,7 @@ class Unsorting:
         self._below += 1
         made = (self.rows(rows), self.flat_ids, matrices)
         self._below -= 1
-        return self.out.apply(PAIR_LINEAR, made, {}, self._sized(node), _origin(node))
+        return self.out.apply(PAIR_LINEAR, made, {}, self._sized(node), origin_of(node))
 
     # -- the rows of one expert after the other ------------------------------------------------------------------------
     def parallel(self, nodes: Sequence[fx.Node]) -> fx.Node:
@@ -606,12 +607,12 @@ class Unsorting:
         if all(w.target is aten.permute.default for w in weights):
             stack = self._stacked([node_arg(w, 0) for w in weights], first)
             made = value(stack).transpose(1, 2)
-            stack = self.out.permute(stack, [0, 2, 1], made, _origin(first))
+            stack = self.out.permute(stack, [0, 2, 1], made, origin_of(first))
         else:
             stack = self._stacked(weights, first)
         made = self._sized(first)
         args = (rows, self.flat_ids, stack)
-        return self.out.apply(PAIR_LINEAR, args, {}, made, _origin(first))
+        return self.out.apply(PAIR_LINEAR, args, {}, made, origin_of(first))
 
     def _stacked(self, tensors: Sequence[fx.Node], where: fx.Node) -> fx.Node:
         """One tensor of every expert, stacked: ``select(w, 0, e)`` for each e = w"""
@@ -634,7 +635,7 @@ class Unsorting:
             inner = self._stacked([node_arg(t, 0) for t in tensors], where)
             made = value(first).new_empty(value(inner).shape)
             copied = dict(first.kwargs)
-            return self.out.apply(aten._to_copy.default, (inner,), copied, made, _origin(where))
+            return self.out.apply(aten._to_copy.default, (inner,), copied, made, origin_of(where))
         if any(t.target is aten.select.int for t in tensors):
             self._refuse(Code.LAYOUT, "stacked and separate weights are mixed", where)
         if any(map(self._depends_on_order, tensors)):
@@ -642,7 +643,7 @@ class Unsorting:
         if len({(str(value(t).shape), value(t).dtype) for t in tensors}) > 1:
             self._refuse(Code.EXPERT_SHAPES, "experts differ in shape or dtype", where)
         made = value(first).new_empty((len(tensors), *value(first).shape))
-        return self.out.emit(aten.stack.default, (list(tensors),), {}, made, _origin(where))
+        return self.out.emit(aten.stack.default, (list(tensors),), {}, made, origin_of(where))
 
     def _row_by_row(self, nodes: Sequence[fx.Node], inner: Any) -> fx.Node:
         """One operator that treats each row by itself, on all rows (one node) or on the rows of each expert."""
@@ -669,8 +670,8 @@ class Unsorting:
         if any(n.kwargs != first.kwargs for n in nodes):
             self._refuse(self._code(), "experts differ in a constant", first)
         if first.target is aten.view.default:
-            return self.out.view(args[0], made, _origin(first))
-        return self.out.apply(first.target, tuple(args), dict(first.kwargs), made, _origin(first))
+            return self.out.view(args[0], made, origin_of(first))
+        return self.out.apply(first.target, tuple(args), dict(first.kwargs), made, origin_of(first))
 
     def _operand(self, column: tuple[Any, ...], inner: Any, rank: int, where: fx.Node) -> fx.Node:
         one, *_ = column
@@ -689,7 +690,7 @@ class Unsorting:
             stack = self._stacked(column, where)
             made = found.new_empty((self.order.pairs, *found.shape))
             args = (stack, [self.flat_ids])
-            return self.out.apply(aten.index.Tensor, args, {}, made, _origin(where))
+            return self.out.apply(aten.index.Tensor, args, {}, made, origin_of(where))
         if not same:
             self._refuse(self._code(), "experts differ in a constant", where)
         return one
@@ -764,7 +765,3 @@ def _uncopied(part: fx.Node, where: fx.Node) -> fx.Node:
 
 def _is_one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
-
-
-def _origin(node: fx.Node) -> str | None:
-    return node.meta.get("stack_trace")

@@ -14,7 +14,12 @@ import operator
 import torch
 from torch import fx
 
-from moe_inductor.region.nodes import is_tensor, node_arg, value
+from moe_inductor.region.nodes import (
+    is_tensor,
+    node_arg,
+    uncast,
+    value,
+)
 from moe_inductor.region.normalise import Emitter, arithmetic, cast, is_one, rule
 from moe_inductor.region.pairs import PAIR_LINEAR, is_pointwise
 
@@ -27,7 +32,7 @@ def _scaled(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node |
 
     Widened for the product alone, both factors can do without: torch rounds a product once."""
     rows, *others = args
-    product = node_arg(rows, 0) if rows.target is aten._to_copy.default else rows
+    product = uncast(rows)
     if product.target is not aten.mul.Tensor or len(product.args) != 2:
         return None
     h, s = product.args
@@ -50,7 +55,7 @@ def _narrow(node: fx.Node, dtype: torch.dtype) -> fx.Node:
 
 def _depends(node: fx.Node, on: fx.Node) -> bool:
     """Is ``node`` computed from ``on``, cast or not?  Then it is part of a norm, and no routing weight."""
-    source = node_arg(on, 0) if on.target is aten._to_copy.default else on
+    source = uncast(on)
     todo, seen = [node], set()
     while todo:
         at = todo.pop()

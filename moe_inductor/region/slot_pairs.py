@@ -1,4 +1,4 @@
-"""Experts on slots, as if each pair had a row of its own: what ``region/slots.py`` has shown to be the same.
+"""Experts on slots, as if each pair had a row of its own: which is the same if no two share a slot (``slot_proof.py``).
 
 A pair that is dropped has the id -1.  What is computed from the rows of slots has to be computed row by row; it is
 written for all experts at once, or for one after the other.
@@ -15,10 +15,18 @@ from torch import fx
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.axes import Axes, laid_out
 from moe_inductor.region.masks import Reader
-from moe_inductor.region.nodes import location, name_of, node_arg, same_sizes, value
+from moe_inductor.region.nodes import (
+    location,
+    name_of,
+    node_arg,
+    origin_of,
+    same_sizes,
+    value,
+)
 from moe_inductor.region.normalise import Emitter, arithmetic, cast, is_one, rule
 from moe_inductor.region.pairs import PAIR_LINEAR, Order, Unsorting, is_pointwise
-from moe_inductor.region.slots import Block, Sent, block_of, capacity_below, may_be_slots
+from moe_inductor.region.slot_proof import capacity_below, prove_apart
+from moe_inductor.region.slots import Block, Sent, block_of, may_be_slots
 from moe_inductor.region.sums import Factor
 
 aten = torch.ops.aten
@@ -32,7 +40,9 @@ def _combined(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         return None
     try:
         block = block_of(Reader(), *args)
-        return None if block is None else _Operands(out, block, _origin(node)).combined()
+        if block is None:
+            return None
+        return _Operands(out, prove_apart(block), origin_of(node)).combined()
     except Refusal as refusal:
         out.refused.append(refusal)
         return None
@@ -170,7 +180,7 @@ class SlotRows(Unsorting):
             rows = self.rows(node_arg(node, 0))
             self._below -= 1
             operands = (rows, self.flat_ids, args[1])
-            return self.out.apply(PAIR_LINEAR, operands, {}, self._sized(node), _origin(node))
+            return self.out.apply(PAIR_LINEAR, operands, {}, self._sized(node), origin_of(node))
         if node.target in (aten.stack.default, aten.cat.default) and (args[1:] or (0,))[0] == 0:
             if len(args[0]) != self.order.num_experts:  # type: ignore[arg-type]
                 self._refuse(Code.EXPERT_MISSING, "not every expert reads its slots", node)
@@ -224,14 +234,14 @@ class SlotRows(Unsorting):
             self._refuse(self._code(), "experts differ in a constant", first)
         if target is aten.slice.Tensor and args[1] == last:
             rows = self._inner([node_arg(n, 0) for n in nodes])
-            return self.out.apply(target, (rows, 1, *args[2:]), {}, made, _origin(first))
+            return self.out.apply(target, (rows, 1, *args[2:]), {}, made, origin_of(first))
         if not is_pointwise(target) and target is not aten._to_copy.default:
             self._refuse(self._code(), f"`{name_of(first)}` is not known to keep rows apart", first)
         given = []
         for column in zip(*(n.args for n in nodes), strict=True):
             is_node = isinstance(column[0], fx.Node)
             given.append(self._argument(column, nodes) if is_node else column[0])
-        return self.out.apply(target, tuple(given), dict(first.kwargs), made, _origin(first))
+        return self.out.apply(target, tuple(given), dict(first.kwargs), made, origin_of(first))
 
     def _argument(self, column: Sequence[fx.Node], nodes: Sequence[fx.Node]) -> fx.Node:
         one, where, found = column[0], nodes[0], value(column[0])
@@ -245,14 +255,14 @@ class SlotRows(Unsorting):
         if len(nodes) > 1 and found.dim() == 1:
             stack = self._stacked(column, where)
         elif found.dim() == 3 and is_one(found.shape[1]) and len(nodes) == 1:
-            stack = self.out.view(one, found.squeeze(1), _origin(where))
+            stack = self.out.view(one, found.squeeze(1), origin_of(where))
         else:
             self._refuse(self._code(), "rows of slots are combined with something else", where)
         if not same_sizes(value(stack).shape[:1], [self.order.num_experts]):
             self._refuse(self._code(), "rows of slots are combined with something else", where)
         made = found.new_empty((self.order.pairs, found.shape[-1]))
         args = (stack, [self.flat_ids])
-        return self.out.apply(aten.index.Tensor, args, {}, made, _origin(where))
+        return self.out.apply(aten.index.Tensor, args, {}, made, origin_of(where))
 
     def _inner(self, column: Sequence[fx.Node]) -> fx.Node:
         return self.parallel(column) if len(column) > 1 else self.rows(column[0])
@@ -275,7 +285,3 @@ def _expert(node: fx.Node) -> Any:
 
 def _constants(node: fx.Node) -> list[Any]:
     return [None if isinstance(a, fx.Node) else a for a in node.args]
-
-
-def _origin(node: fx.Node) -> str | None:
-    return node.meta.get("stack_trace")

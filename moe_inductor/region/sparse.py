@@ -20,7 +20,12 @@ import torch
 from torch import fx
 
 from moe_inductor._compat import OpOverload
-from moe_inductor.region.nodes import node_arg, same_sizes, value
+from moe_inductor.region.nodes import (
+    node_arg,
+    same_sizes,
+    uncast,
+    value,
+)
 from moe_inductor.region.normalise import RESHAPES, Emitter, arithmetic, cast, is_one, rule
 from moe_inductor.region.rows import are_distinct
 
@@ -61,7 +66,7 @@ def _alike(a: Any, b: Any) -> bool:
 
 def _one_hot(node: fx.Node) -> Matrix | None:
     """``ids [.., 1] == arange(E)``, cast or not; 0 <= ids < E"""
-    compared = node_arg(node, 0) if node.target is aten._to_copy.default else node
+    compared = uncast(node)
     if compared.target is not aten.eq.Tensor:
         return None
     ids, numbers = compared.args
@@ -312,7 +317,7 @@ def _leading(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     ids = out.view(found.ids, shaped, origin)
     scores = found.scores
     if isinstance(scores, fx.Node):
-        inner = node_arg(scores, 0) if scores.target is aten._to_copy.default else scores
+        inner = uncast(scores)
         view = out.view(inner, torch.empty_like(shaped, dtype=value(inner).dtype), origin)
         scores = cast(out, view, torch.empty_like(shaped, dtype=value(scores).dtype), origin)
     return _scattered(out, found.fill, ids, scores, made, origin)
