@@ -32,7 +32,8 @@ def before_call(tx: Any, call: Any) -> None:
         method = tx.stack[place]
         if type(method) is not _compat.UserMethodVariable or method.fn is not nn.Module.to:
             continue
-        bound: Any = getattr(method, "obj", None)  # torch 2.15 has it elsewhere, and traces Module.to
+        # On torch 2.15 the object is elsewhere, and Module.to is traced.
+        bound: Any = getattr(method, "obj", None)
         module, argument = getattr(bound, "value", None), realized(tx.stack[-1])
         if (
             isinstance(module, nn.Module)
