@@ -13,8 +13,10 @@ from moe_inductor.patterns.expert_loop import Loop
 from moe_inductor.match.api import ChosenSpelling, NearMiss, Sample
 
 
-def reference(topk_ids, e, *, asks):
+def reference(topk_ids, e, *, asks, of):
     hit = topk_ids == e
+    if of == "tokens":
+        hit = hit.any(dim=-1)
     if asks == "any":
         return hit.any()
     if asks == "not any":
@@ -86,6 +88,13 @@ class Positive(AnyLoop):
 class Unequal(AnyLoop):
     def has_tokens(self, mask, e):
         return mask[e].sum() != 0
+
+
+class Tokens(AnyLoop):
+    """How many tokens chose it, rather than how many choices were of it."""
+
+    def has_tokens(self, mask, e):
+        return mask[e].any(dim=0).sum() > 0
 
 
 class NextExpert(AnyLoop):
@@ -169,7 +178,10 @@ CHOSEN_TEST = ChosenSpelling(
     source="transformers 4.57 nllb_moe, switch_transformers; nanoMoE and many re-implementations",
     reference=reference,
     truth=lambda facts: facts["asks"] not in ("not any", "== 0"),
-    facts={"asks": ("any", "not any", "count", "> 0", "!= 0", "== 0")},
+    facts={
+        "asks": ("any", "not any", "count", "> 0", "!= 0", "== 0"),
+        "of": ("pairs", "tokens"),
+    },
     samples=(
         Sample(name="any", build=AnyLoop),
         Sample(name="continue", build=Continue),
@@ -178,6 +190,7 @@ CHOSEN_TEST = ChosenSpelling(
         Sample(name="count", build=Count),
         Sample(name="positive", build=Positive),
         Sample(name="unequal", build=Unequal),
+        Sample(name="tokens", build=Tokens, brief=True),
     ),
     near_misses=(
         NearMiss(name="next_expert", build=NextExpert, code="ASSUMPTION"),

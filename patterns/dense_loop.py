@@ -112,6 +112,16 @@ class MaskedSum(DenseLoop):
         return out
 
 
+class Compared(InPlace):
+    """The score of an expert as a sum over the slots whose ids are its number."""
+
+    def experts(self, x, topk_ids, topk_weights):
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.mlps):
+            out += expert(x) * (topk_weights * (topk_ids == e)).sum(dim=-1, keepdim=True)
+        return out
+
+
 # -- near misses ------------------------------------------------------------------------------------------------------
 
 
@@ -288,6 +298,7 @@ DENSE_LOOP = ExpertsSpelling(
         Sample(name="summed", build=Summed, brief=True),
         Sample(name="chosen_scores", build=ChosenScores, brief=True),
         Sample(name="masked_sum", build=MaskedSum, brief=True),
+        Sample(name="compared", build=Compared, brief=True),
     ),
     near_misses=(
         NearMiss(name="scores_not_zero", build=NonzeroFill, code="PROOF"),

@@ -9,7 +9,7 @@ The most common eager spelling: Mixtral and Qwen of transformers up to 4.51, OLM
 """
 
 import torch
-from moe_inductor.patterns import _blocks, _identities, _mask_loops
+from moe_inductor.patterns import _blocks, _compared_ids, _identities, _mask_loops
 from moe_inductor.patterns._blocks import HIDDEN, INTERMEDIATE, NUM_EXPERTS
 from torch import nn
 from torch.nn import functional as F
@@ -351,6 +351,16 @@ class PostNorm(Loop):
         return F.rms_norm(super().expert(e, rows), (HIDDEN,))
 
 
+class ComputesInDouble(Loop):
+    """openai_privacy_filter: what is stored in one dtype is cast to a wider one for the products."""
+
+    def linear(self, rows, weight, bias, e):
+        return F.linear(rows.double(), weight[e].double())
+
+    def expert(self, e, rows):
+        return super().expert(e, rows).to(rows.dtype)
+
+
 class OneGelu(InModules):
     def __init__(self):
         super().__init__()
@@ -640,13 +650,16 @@ EXPERT_LOOP = ExpertsSpelling(
         Sample(name="added_to_shared", build=AddedToShared, brief=True),
         Sample(name="read_before", build=ReadBefore, brief=True),
         *_mask_loops.SAMPLES,
+        *_compared_ids.SAMPLES,
         *_identities.SAMPLES,
         *(Sample(name=name, build=block, brief=True) for name, block in _blocks.variants(Loop)),
     ),
     near_misses=(
         *(NearMiss(name=n, build=b, code=c) for n, b, c in _blocks.near_variants(Loop)),
         *_mask_loops.NEAR_MISSES,
+        *_compared_ids.NEAR_MISSES,
         *_identities.NEAR_MISSES,
+        NearMiss(name="computes_in_double", build=ComputesInDouble, code="DTYPE"),
         NearMiss(name="one_expert_gelu", build=OneGelu, code="ACTIVATION"),
         NearMiss(name="one_expert_alpha", build=OneAlpha, code="ACTIVATION"),
         NearMiss(name="one_expert_up_first", build=OneUpFirst, code="ACTIVATION"),

@@ -29,6 +29,7 @@ from moe_inductor.match.bind import Bound, Weight, check_experts
 from moe_inductor.match.diagnose import OVER_ROWS, UNTOLD
 from moe_inductor.match.loop import MLP, Group, Iteration, group_iterations
 from moe_inductor.match.pieces import PROJECTIONS, Pieces, Shapes, experts_pieces, unviewed
+from moe_inductor.match.widened import widened
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.canonical import Canonical, Folded
 from moe_inductor.region.nodes import location, name_of, same_sizes, value
@@ -66,6 +67,7 @@ def propose(
             if found:
                 yield found
     refused += _replaced_rows(canonical)
+    refused += widened(canonical.graph)
 
 
 def _replaced_rows(canonical: Canonical) -> Iterator[Refusal]:

@@ -31,6 +31,9 @@ from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.find import Region
 from moe_inductor.region.fold import KEPT, Fold
 from moe_inductor.region.nodes import (
+    ROLE,
+    STATES,
+    STORED,
     is_floating,
     location,
     mutated,
@@ -157,6 +160,9 @@ def canonicalise(gm: fx.GraphModule, region: Region, folds: Fold | None = None) 
             f"`{name}` could not be traced: {type(error).__name__}: {text[0] if text else ''}",
             where,
         ) from error
+    roles = _roles(region)
+    for held, raw in zip(region.inputs, _placeholders(traced.graph), strict=True):
+        raw.meta[ROLE] = roles.get(held)
     out = Emitter(keep_detach=grad.enabled)
     graph, env = normalise(traced.graph, out=out)
     inputs = {
@@ -190,6 +196,24 @@ def canonicalise(gm: fx.GraphModule, region: Region, folds: Fold | None = None) 
         folded,
         out,
     )
+
+
+def _roles(region: Region) -> dict[fx.Node, str]:
+    """Which inputs are weights, made of parameters alone, and which are tokens, which the router reads."""
+    stored: dict[fx.Node, bool] = {}
+    for node in region.graph.nodes:
+        inputs = node.all_input_nodes
+        stored[node] = isinstance(value(node), torch.nn.Parameter) or (
+            bool(inputs) and all(stored[a] for a in inputs)
+        )
+    read, todo = set(), [region.root]
+    while todo:
+        node = todo.pop()
+        if node not in read:
+            read.add(node)
+            todo += node.all_input_nodes
+    roles = {node: STATES for node in region.inputs if node in read}
+    return roles | {node: STORED for node in region.inputs if stored[node]}
 
 
 def trace(

@@ -18,8 +18,11 @@ from torch import fx
 
 from moe_inductor.region.axes import Atom, Axes, axes_of, laid_out
 from moe_inductor.region.nodes import (
+    STATES,
+    STORED,
     is_tensor,
     node_arg,
+    role_of,
     same_sizes,
     uncast,
     value,
@@ -58,9 +61,11 @@ def is_of_experts(node: fx.Node) -> bool:
 
 
 def _is_stack(node: fx.Node) -> bool:
-    """One matrix per expert, as the model stores them."""
+    """One matrix per expert, as the model stores them.  Hidden states [B, S, H] only look like it."""
     while node.target is aten._to_copy.default:
         node = node_arg(node, 0)
+    if role_of(node) == STATES:
+        return False
     stored = node.op in ("placeholder", "get_attr") or node.target is aten.stack.default
     return stored and value(node).dim() == 3
 
@@ -135,6 +140,8 @@ def _applied(
     if len(inner) != 1 or len(outer) != 1 or outer[0] in weight.batch:
         return None
     ours, of_experts = rows.axes, is_of_experts(rows.axes.base)
+    if role_of(ours.base) == STORED:
+        return None
     features = ours.of(value(ours.base).dim() - 1)
     experts = ours.of(0) if of_experts else ()
     if features != tuple(a for a in rows.contracted if a not in experts):

@@ -253,9 +253,9 @@ def _is_root(node: fx.Node) -> bool:
     name = name_of(node)
     if node.op == "placeholder":
         return is_integral(node) and value(node).dim() >= 1
-    if name in ("topk", "argmax", "multinomial") or _is_lookup(node):
+    if name in ("topk", "multinomial") or _is_lookup(node):
         return True
-    if name in ("sort", "argsort", "max"):
+    if name in ("argmax", "sort", "argsort", "max"):
         return bool(node.all_input_nodes) and any(
             t.dtype.is_floating_point for t in tensors(node.all_input_nodes[0])
         )

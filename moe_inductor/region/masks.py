@@ -15,7 +15,15 @@ from torch import fx
 
 from moe_inductor.region.axes import Atom, Axes, axes_of
 from moe_inductor.region.counts import fill_of
-from moe_inductor.region.nodes import is_integral, node_arg, same_sizes, value, written
+from moe_inductor.region.nodes import (
+    STATES,
+    is_integral,
+    node_arg,
+    role_of,
+    same_sizes,
+    value,
+    written,
+)
 from moe_inductor.region.positive import is_positive
 from moe_inductor.region.rows import are_distinct
 from moe_inductor.region.sums import Dims, Factor, Letters, Sum, Term, Unread, fitted
@@ -103,6 +111,22 @@ def whole(node: fx.Node) -> Sum:
     return Sum(axes.dims, (Term(1, (Factor(axes.base, base),)),))
 
 
+def _tokens(view: fx.Node) -> Sum | None:
+    """Hidden states [B, S, H] as [T, H], with dimensions of size 1 or without: one atom for T, as in the masks."""
+    base, sizes = node_arg(view, 0), value(view).shape
+    wide = [d for d, size in enumerate(sizes) if not same_sizes([size], [1])]
+    if (
+        role_of(base) != STATES
+        or len(wide) != 2
+        or not same_sizes(sizes[-1:], value(base).shape[-1:])
+    ):
+        return None
+    rows, features = (Atom(i, sizes[d]) for i, d in enumerate(wide))
+    dims: list[Letters] = [()] * len(sizes)
+    dims[wide[0]], dims[wide[1]] = (rows,), (features,)
+    return Sum(tuple(dims), (Term(1, (Factor(base, ((rows,), (features,))),)),))
+
+
 def number(times: float, rank: int = 0) -> Sum:
     return Sum(((),) * rank, (Term(times, ()),))
 
@@ -154,6 +178,9 @@ def _reads(*targets: Any) -> Callable[[_Rule], _Rule]:
 
 @_reads(aten.view.default)
 def _view(read: Reader, node: fx.Node) -> Sum | None:
+    tokens = _tokens(node)
+    if tokens is not None:
+        return tokens
     found = _fresh(read(node_arg(node, 0)))
     axes = Axes(node, found.letters, found.dims).viewed(value(node).shape)
     if axes is None:

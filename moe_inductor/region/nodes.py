@@ -102,6 +102,16 @@ def name_of(node: fx.Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
+# The key in a placeholder's ``meta`` that says what it is to the block: STORED (a weight) or STATES (tokens).
+ROLE = "moe_inductor_role"
+STORED, STATES = "stored", "states"
+
+
+def role_of(node: fx.Node) -> str | None:
+    """STORED or STATES, for an input of a region, cast or not; None where that is not known."""
+    return uncast(node).meta.get(ROLE)
+
+
 def uncast(node: fx.Node) -> fx.Node:
     """What ``node``, in normal form, is a cast of; else itself."""
     return node_arg(node, 0) if node.target is torch.ops.aten._to_copy.default else node

@@ -409,6 +409,25 @@ def _fill(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     )
 
 
+@rule(aten._unique2.default)
+def _unique(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """unique(view(x)) = unique(x), where nobody asks which element is which"""
+    told = (*args[2:], *kwargs.values())
+    if any(told) or args[0].target is not aten.view.default:
+        return None
+    args = (node_arg(args[0], 0), *args[1:])
+    return out.emit(node.target, args, kwargs, value(node), node.meta.get("stack_trace"))
+
+
+@rule(aten.scalar_tensor.default)
+def _scalar(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """scalar_tensor(c) = full([], c)"""
+    made = value(node)
+    kept = {"dtype": made.dtype, "device": made.device}
+    fill = 0 if args[0] == 0 else args[0]
+    return out.emit(aten.full.default, ([], fill), kept, made, node.meta.get("stack_trace"))
+
+
 @rule(aten.slice.Tensor)
 def _slice(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     """slice(x, d, a, b, step): bounds inside the dimension, never negative; no step where it is 1"""
@@ -751,6 +770,7 @@ def _key(item: Any) -> Any:
 
 
 # They register their rules, with what stands above.
+from moe_inductor.region import columns as _columns  # noqa: E402, F401
 from moe_inductor.region import einsums as _einsums  # noqa: E402, F401
 from moe_inductor.region import maps as _maps  # noqa: E402, F401
 from moe_inductor.region import one_batch as _one_batch  # noqa: E402

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moe_inductor.region.nodes import node_arg, same_sizes, value
+from moe_inductor.region.nodes import node_arg, same_sizes, uncast, value
 from moe_inductor.region.normalise import Emitter, arithmetic, is_one, row_of, rule
 
 aten = torch.ops.aten
@@ -22,11 +22,18 @@ aten = torch.ops.aten
 
 @rule(aten.index.Tensor)
 def _masked(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-    """index(x, [mask]) = index(view(x), [nonzero(view(mask))]) for a boolean mask over the leading dimensions"""
+    """index(x, [mask]) = index(view(x), [nonzero(view(mask))]) for a boolean mask over the leading dimensions
+    index(x, [mask [T], i [n]]) = index(x, [nonzero(mask), i])"""
     base, indices = args[0], list(args[1])
+    made, origin = value(node), node.meta.get("stack_trace")
+    if len(indices) == 2 and _is_mask(indices[0]) and value(indices[0]).dim() == 1:
+        mask, others = indices
+        if not isinstance(others, fx.Node) or value(others).dim() != 1 or _is_mask(others):
+            return None
+        rows = _rows(out, mask, value(others).shape[0], origin)
+        return index_of(out, base, [rows, others], made, origin)
     if len(indices) != 1 or not _is_mask(indices[0]):
         return None
-    made, origin = value(node), node.meta.get("stack_trace")
     rows = _rows(out, indices[0], made.shape[0], origin)
     return index_of(out, _flat(out, base, indices[0], origin), [rows], made, origin)
 
@@ -241,6 +248,17 @@ def _nonzero(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     )
 
 
+@rule(aten.nonzero.default, first=True)
+def _nonzero_number(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """nonzero(x) = nonzero(x != 0) for floating-point numbers [T]"""
+    numbers, origin = args[0], node.meta.get("stack_trace")
+    if value(numbers).dim() != 1 or not value(numbers).dtype.is_floating_point:
+        return None
+    mask = torch.empty_like(value(numbers), dtype=torch.bool)
+    compared = out.apply(aten.ne.Scalar, (numbers, 0), {}, mask, origin)
+    return out.apply(aten.nonzero.default, (compared,), {}, value(node), origin)
+
+
 @rule(aten.nonzero.default)
 def _nonzero_of_one(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     """nonzero(mask [T]) = view(its rows, [n, 1])"""
@@ -249,6 +267,19 @@ def _nonzero_of_one(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> A
         return None
     origin = node.meta.get("stack_trace")
     return out.view(rows_of(out, mask, made, origin), made, origin)
+
+
+@rule(aten.any.dim)
+def _any(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """any(permute(x, [1, 0]), d) = any(x, 1 - d) for booleans, or what is cast from them"""
+    turned = uncast(args[0])
+    if turned.target is not aten.permute.default or turned.args[1] != [1, 0] or len(args) != 2:
+        return None
+    hit = node_arg(turned, 0)
+    if value(hit).dtype != torch.bool:
+        return None
+    dim = 1 - args[1] % 2
+    return out.apply(aten.any.dim, (hit, dim), {}, value(node), node.meta.get("stack_trace"))
 
 
 # -- what is known about ids ------------------------------------------------------------------------------------------

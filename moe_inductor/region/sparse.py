@@ -80,7 +80,7 @@ def _one_hot(node: fx.Node) -> Matrix | None:
     return Matrix(0, ids, 1)  # type: ignore[arg-type]
 
 
-def _scattered(
+def scattered(
     out: Emitter, fill: Any, ids: fx.Node, scores: Any, made: torch.Tensor, origin: str | None
 ) -> fx.Node:
     """``scores``: a node, or a number for all."""
@@ -178,7 +178,7 @@ def _everywhere(
         scores = _of_number(node, found.scores, value(source).dtype, args, kwargs)
         if scores is None:
             return None
-    return _scattered(out, fill, found.ids, scores, made, origin)
+    return scattered(out, fill, found.ids, scores, made, origin)
 
 
 def _of_number(node: fx.Node, number: Any, dtype: torch.dtype, args: tuple, kwargs: dict) -> Any:
@@ -225,7 +225,7 @@ def _scaled(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         else:
             own = _spread(out, found.ids, found.scores, value(source).dtype, origin)
             scores = arithmetic(out, node.target, own, factor, val, origin)
-        return _scattered(out, 0, found.ids, scores, made, origin)
+        return scattered(out, 0, found.ids, scores, made, origin)
     return None
 
 
@@ -248,7 +248,7 @@ def _softmax(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     made, origin = value(node), node.meta.get("stack_trace")
     val = torch.empty_like(value(found.scores), dtype=made.dtype)
     scores = out.emit(aten._softmax.default, (found.scores, *args[1:]), kwargs, val, origin)
-    return _scattered(out, 0, found.ids, scores, made, origin)
+    return scattered(out, 0, found.ids, scores, made, origin)
 
 
 @rule(aten.sum.dim_IntList, aten.any.dim, first=True)
@@ -276,7 +276,28 @@ def _reduced(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         if value(scores).dtype != made.dtype:
             return None
         scores = out.view(scores, value(scores).squeeze(-1), origin)
-    return _scattered(out, found.fill, ids, scores, made, origin)
+    return scattered(out, found.fill, ids, scores, made, origin)
+
+
+@rule(aten.bmm.default, first=True)
+def _placed(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """bmm(w [T, 1, k], ids [T, k, 1] == arange(E)) = scatter(zeros, ids, w) as [T, 1, E], also the other way round"""
+    (a, b), made, origin = args[:2], value(node), node.meta.get("stack_trace")
+    mask, scores = (b, a) if is_one(value(a).shape[1]) else (a, b)
+    if mask is a:
+        if not is_one(value(b).shape[2]) or a.target is not aten.permute.default:
+            return None
+        mask = node_arg(a, 0) if a.args[1] == [0, 2, 1] else a
+    found = _one_hot(mask)
+    if found is None or value(found.ids).dim() != 3:
+        return None
+    ids = out.view(found.ids, value(found.ids).squeeze(-1), origin)
+    flat = out.view(scores, value(scores).reshape(value(ids).shape), origin)
+    E = value(mask).shape[-1]
+    if not are_distinct(ids, E):
+        return None
+    matrix = made.reshape(made.shape[0], E)
+    return out.view(scattered(out, 0, ids, flat, matrix, origin), made, origin)
 
 
 @rule(aten.masked_fill.Scalar, aten.where.ScalarOther, aten.where.self)
@@ -301,7 +322,7 @@ def _chosen_only(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         return None
     fill = 0 if fill == 0 else fill
     picked = _picked(out, scores, found.ids, origin)
-    return _scattered(out, fill, found.ids, picked, made, origin)
+    return scattered(out, fill, found.ids, picked, made, origin)
 
 
 @rule(*RESHAPES, first=True)
@@ -320,7 +341,7 @@ def _leading(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         inner = uncast(scores)
         view = out.view(inner, torch.empty_like(shaped, dtype=value(inner).dtype), origin)
         scores = cast(out, view, torch.empty_like(shaped, dtype=value(scores).dtype), origin)
-    return _scattered(out, found.fill, ids, scores, made, origin)
+    return scattered(out, found.fill, ids, scores, made, origin)
 
 
 @rule(aten.sum.dim_IntList, first=True)
@@ -393,7 +414,7 @@ def _listed(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         return None
     origin = node.meta.get("stack_trace")
     whole = torch.empty_like(value(matrix), dtype=torch.bool)  # type: ignore[arg-type]
-    booleans = _scattered(out, False, found.ids, found.scores, whole, origin)
+    booleans = scattered(out, False, found.ids, found.scores, whole, origin)
     column = torch.empty_like(whole.select(dim, 0))  # type: ignore[arg-type]
     row = _hit(out, booleans, dim, e, column, origin)
     if row is None:

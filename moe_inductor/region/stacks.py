@@ -52,17 +52,15 @@ def _repeated(out: Emitter, source: Any, made: torch.Tensor, origin: str | None)
 
 @rule(aten.expand.default, aten.repeat.default, first=True)
 def _expanded(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-    """expand(view(x [T, H], [1, T, H]), [E, T, H]) = repeat(view(x), [E, 1, 1]) = expand(x, [E, T, H])"""
+    """expand(view(x, [1, T, H]), [E, T, H]) = repeat(view(x), [E, 1, 1]) = expand(view(x, [T, H]), [E, T, H])"""
     made, base = value(node), args[0]
     if base.target is not aten.view.default or made.dim() != 3 or is_one(made.shape[0]):
         return None
-    inner = node_arg(base, 0)
-    if value(inner).dim() != 2 or not same_sizes(value(inner).shape, made.shape[1:]):
-        return None
-    if not same_sizes(value(base).shape, (1, *value(inner).shape)):
+    if not same_sizes(value(base).shape, (1, *made.shape[1:])):
         return None
     origin = node.meta.get("stack_trace")
-    return out.emit(aten.expand.default, (inner, out.sizes(made)), {}, made, origin)
+    rows = out.view(base, value(base).squeeze(0), origin)
+    return out.emit(aten.expand.default, (rows, out.sizes(made)), {}, made, origin)
 
 
 @rule(aten.sum.dim_IntList)

@@ -103,14 +103,17 @@ def noisy(module: nn.Module, noise: dict[str, Callable[[torch.Tensor], torch.Ten
 
 
 class Deep(nn.Module):
-    """Hidden states [batch, length, H] around a block that takes [T, H]."""
+    """Hidden states [batch, length, H] around a block that takes [T, H].
+
+    They come with three dimensions, so that they look like a stack of matrices; [T, H] may be given as well.
+    """
 
     def __init__(self, block):
         super().__init__()
         self.block = block
 
     def forward(self, x):
-        states = x.view(3, -1, x.shape[-1])
+        states = x if x.dim() == 3 else x.view(3, -1, x.shape[-1])
         made = self.block(states.reshape(-1, states.shape[-1]))
         first = made[0] if isinstance(made, tuple) else made
         made_deep = first.reshape(-1, 2, first.shape[-1]).flatten(0, 1).view(first.shape)
@@ -211,6 +214,11 @@ def test_noise_at_every_edge(sample, shift, rewritten):
 @pytest.mark.parametrize("sample", FIRST)
 def test_hidden_states_of_three_dimensions(sample, rewritten):
     _check(sample, Deep, rewritten)
+    module, x = _build(sample)
+    with torch.no_grad():
+        eager = module(x)
+    ours, block = _run(Deep(module), x.view(3, -1, 32), rewritten)
+    _assert_same(ours, eager, block.moe.experts.compute_dtype)
 
 
 def _change_graphs(monkeypatch, *changes) -> None:
@@ -241,7 +249,7 @@ def test_all_at_once(spelling, sample, number, rewritten, monkeypatch):
     with torch.no_grad():
         eager = module(x)
     _change_graphs(monkeypatch, renamed, reordered)
-    ours, block = _run(Deep(noisy(module, shifted(number))), x, rewritten)
+    ours, block = _run(Deep(noisy(module, shifted(number))), x.view(3, -1, 32), rewritten)
     if isinstance(spelling, ExpertsSpelling):
         assert block.spelling == spelling.name
     elif isinstance(spelling, RouterSpelling):
