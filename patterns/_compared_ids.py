@@ -6,7 +6,7 @@ samples of ``expert_loop``.
     out[token] += expert(x[token]) * (topk_weights * hit).sum(dim=-1)[token, None]
 
 What many write who have not read a library's loop.  In the normal form the weight is the token's for that expert,
-``topk_weights[token, slot]`` (``region/columns.py``).
+``topk_weights[token, slot]`` (``region/columns.py``, ``region/pair_rows.py``).
 """
 
 import torch
@@ -122,6 +122,39 @@ class PlacedByProduct(ByScore):
         return torch.einsum("tk,tke->te", topk_weights, hit)
 
 
+class PairNumbers(Compared):
+    """The expert's places among all pairs of a token and a choice."""
+
+    def token(self, pair, topk_ids):
+        return pair // topk_ids.shape[1]
+
+    def score(self, topk_weights, pair):
+        return topk_weights.flatten()[pair]
+
+    def experts(self, x, topk_ids, topk_weights):
+        out, flat = torch.zeros_like(x), topk_ids.flatten()
+        for e in range(NUM_EXPERTS):
+            pair = (flat == e).nonzero().squeeze(-1)
+            token = self.token(pair, topk_ids)
+            y = self.expert(e, x[token]) * self.score(topk_weights, pair)[:, None]
+            out.index_add_(0, token, y)
+        return out
+
+
+class PlaceInRow(PairNumbers):
+    def score(self, topk_weights, pair):
+        k = topk_weights.shape[1]
+        return topk_weights[pair.div(k, rounding_mode="floor"), pair % k]
+
+
+class TokenOfPair(PairNumbers):
+    """A list of the token of each pair, and masks over the pairs."""
+
+    def token(self, pair, topk_ids):
+        T, k = topk_ids.shape
+        return torch.arange(T, device=pair.device).repeat_interleave(k)[pair]
+
+
 # -- near misses ------------------------------------------------------------------------------------------------------
 
 
@@ -215,6 +248,37 @@ class PickedBySlot(Compared):
         return topk_weights.T[hit.T].unsqueeze(-1)
 
 
+class OtherQuotient(PairNumbers):
+    """Not the token, but among the first of them."""
+
+    def token(self, pair, topk_ids):
+        return pair // (topk_ids.shape[1] + 1)
+
+
+class RemainderAsToken(PairNumbers):
+    def token(self, pair, topk_ids):
+        return pair % topk_ids.shape[1]
+
+
+class SlotsFirst(PairNumbers):
+    """Weights in the order of the choices."""
+
+    def score(self, topk_weights, pair):
+        return topk_weights.T.flatten()[pair]
+
+
+class TokensRepeated(PairNumbers):
+    """0, 1, .., T - 1, again and again."""
+
+    def token(self, pair, topk_ids):
+        return torch.arange(topk_ids.shape[0], device=pair.device).repeat(topk_ids.shape[1])[pair]
+
+
+class NextScore(PairNumbers):
+    def score(self, topk_weights, pair):
+        return topk_weights.flatten().roll(1)[pair]
+
+
 class AtMost(Compared):
     def hit(self, topk_ids, e):
         return topk_ids <= e
@@ -245,6 +309,9 @@ SAMPLES = (
     Sample(name="compared_slot", build=Slot, brief=True),
     Sample(name="compared_gathered_slot", build=GatheredSlot, brief=True),
     Sample(name="compared_scores", build=ByScore, brief=True),
+    Sample(name="pair_numbers", build=PairNumbers),
+    Sample(name="place_in_row", build=PlaceInRow, brief=True),
+    Sample(name="token_of_pair", build=TokenOfPair, brief=True),
     Sample(name="placed_by_product", build=PlacedByProduct, brief=True),
 )
 
@@ -260,6 +327,11 @@ NEAR_MISSES = (
     NearMiss(name="rows_of_others", build=RowsOfOthers, code="SPELLING"),
     NearMiss(name="picked_backwards", build=PickedBackwards, code="SPELLING"),
     NearMiss(name="picked_by_slot", build=PickedBySlot, code="SPELLING"),
+    NearMiss(name="other_quotient", build=OtherQuotient, code="SPELLING"),
+    NearMiss(name="remainder_as_token", build=RemainderAsToken, code="SPELLING"),
+    NearMiss(name="weights_slots_first", build=SlotsFirst, code="SPELLING"),
+    NearMiss(name="tokens_repeated", build=TokensRepeated, code="SPELLING"),
+    NearMiss(name="next_score", build=NextScore, code="SPELLING"),
     NearMiss(name="compared_at_most", build=AtMost, code="SPELLING"),
     NearMiss(name="placed_twice", build=PlacedTwice, code="SPELLING"),
     NearMiss(name="tokens_by_weight", build=ByWeight, code="SPELLING"),

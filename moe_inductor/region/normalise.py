@@ -164,6 +164,12 @@ class Emitter:
         if isinstance(size, torch.SymInt) and unbacked(size):
             self._equal[size_expr(size)] = self.size(known)
 
+    def note_rows(self, node: fx.Node) -> None:
+        """From now on ``node`` is what the size of its first dimension, which depends on data, is spelled by."""
+        size = value(node).shape[0]
+        if isinstance(size, torch.SymInt) and unbacked(size):
+            self._equal[size_expr(size)] = self.emit(aten.sym_size.int, (node, 0), {}, size)
+
     def _total(self, size: Any) -> Any:
         """The number of all choices, where ``size`` is how often each expert was chosen, added up."""
         return self.numbers.total(size) if unbacked(size) else size
@@ -774,6 +780,7 @@ from moe_inductor.region import columns as _columns  # noqa: E402, F401
 from moe_inductor.region import einsums as _einsums  # noqa: E402, F401
 from moe_inductor.region import maps as _maps  # noqa: E402, F401
 from moe_inductor.region import one_batch as _one_batch  # noqa: E402
+from moe_inductor.region import pair_rows as _pair_rows  # noqa: E402, F401
 from moe_inductor.region import rows as _rows  # noqa: E402, F401
 from moe_inductor.region import scaled as _scaled  # noqa: E402, F401
 from moe_inductor.region import slot_pairs as _slot_pairs  # noqa: E402, F401

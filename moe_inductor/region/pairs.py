@@ -242,7 +242,7 @@ def _tokens(index: Any) -> Order | None:
         return order if order is not None and divided[1] == order.top_k else None
     if index.target is aten.index.Tensor and len(index.args[1]) == 1:  # type: ignore[arg-type]
         order = order_of(index.args[1][0])  # type: ignore[index]
-        if order is not None and _tokens_of_pairs(index.args[0], order):
+        if order is not None and are_tokens_of_pairs(index.args[0], order):
             return order
     order = order_of(index)
     return order if order is not None and order.top_k == 1 else None
@@ -258,7 +258,7 @@ def _quotient(node: fx.Node) -> tuple[Any, Any] | None:
     return None
 
 
-def _tokens_of_pairs(node: Any, order: Order) -> bool:
+def are_tokens_of_pairs(node: Any, order: Order) -> bool:
     """0, .., 0, 1, .., 1, .., each k times"""
     node = _integers(node)
     if node is None:
@@ -438,7 +438,7 @@ class Unsorting:
         if not self._is_same(order_of(index)) or self._depends_on_order(base):
             self._refuse(Code.SPELLING, "rows are not gathered in the order of the sort", node)
         positions: Any = base.args[1] if base.target is aten.index.Tensor else ()
-        if len(positions) == 1 and _tokens_of_pairs(positions[0], self.order):
+        if len(positions) == 1 and are_tokens_of_pairs(positions[0], self.order):
             return self._of_each_pair(node_arg(base, 0), node)
         if written(value(base).shape[0]) != written(self.order.pairs):
             self._refuse(Code.SPELLING, "rows are not gathered from one for each pair", node)

@@ -35,7 +35,8 @@ def _masked(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     if len(indices) != 1 or not _is_mask(indices[0]):
         return None
     rows = _rows(out, indices[0], made.shape[0], origin)
-    return index_of(out, _flat(out, base, indices[0], origin), [rows], made, origin)
+    flat = _flat(out, base, indices[0], origin)
+    return out.apply(aten.index.Tensor, (flat, [rows]), {}, made, origin)
 
 
 @rule(aten.index.Tensor)
