@@ -122,8 +122,9 @@ def _product(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     operands = _operands(args)
     if operands is None:
         return None
-    for i, weight in enumerate(operands):
-        if _is_stack(weight.axes.base) and len(weight.axes.order) == 3:
+    for i, weight in ((1, operands[1]), (0, operands[0])):  # of two inputs, rows tend to come first
+        base = weight.axes.base
+        if _is_stack(base) and len(weight.axes.order) == 3:
             return _applied(out, node, operands[1 - i], weight, rows_first=i == 1)
     for i, y in enumerate(operands):
         if is_of_experts(y.axes.base):
