@@ -76,7 +76,7 @@ def _weight_of_hit(node: fx.Node) -> tuple[fx.Node, _Hit] | None:
 
 def _is_zero(item: Any) -> bool:
     if isinstance(item, fx.Node):
-        return item.target is aten.full.default and item.args[1] == 0
+        return item.target is aten.full.default and bool(item.args[1] == 0)
     return bool(item == 0)
 
 
