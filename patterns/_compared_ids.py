@@ -229,6 +229,11 @@ class SlotGatheredElsewhere(Compared):
         return topk_weights[rows.flip(0)].gather(1, hit[token].long().argmax(1, keepdim=True))
 
 
+class OtherSlotGathered(GatheredSlot):
+    def slot(self, hit, token):
+        return (~hit[token]).long().argmax(dim=1, keepdim=True)
+
+
 class RowsOfOthers(OfRows):
     def weight(self, topk_weights, hit, token):
         return (topk_weights[token.flip(0)] * hit[token]).sum(dim=-1, keepdim=True)
@@ -277,6 +282,18 @@ class TokensRepeated(PairNumbers):
 class NextScore(PairNumbers):
     def score(self, topk_weights, pair):
         return topk_weights.flatten().roll(1)[pair]
+
+
+class WeightAtMost(Compared):
+    """The weights of all experts up to this one."""
+
+    def experts(self, x, topk_ids, topk_weights):
+        out = torch.zeros_like(x)
+        for e in range(NUM_EXPERTS):
+            token = self.tokens(topk_ids == e)
+            weight = self.weight(topk_weights, topk_ids <= e, token)
+            out[token] += self.expert(e, x[token]) * weight
+        return out
 
 
 class AtMost(Compared):
@@ -332,6 +349,8 @@ NEAR_MISSES = (
     NearMiss(name="weights_slots_first", build=SlotsFirst, code="SPELLING"),
     NearMiss(name="tokens_repeated", build=TokensRepeated, code="SPELLING"),
     NearMiss(name="next_score", build=NextScore, code="SPELLING"),
+    NearMiss(name="other_slot_gathered", build=OtherSlotGathered, code="SPELLING"),
+    NearMiss(name="weight_at_most", build=WeightAtMost, code="SPELLING"),
     NearMiss(name="compared_at_most", build=AtMost, code="SPELLING"),
     NearMiss(name="placed_twice", build=PlacedTwice, code="SPELLING"),
     NearMiss(name="tokens_by_weight", build=ByWeight, code="SPELLING"),

@@ -249,6 +249,22 @@ class CapacityHits(Capacity):
         return out
 
 
+class TensorForEach(MaskLoop):
+    """What each expert gives is put into a tensor of its own, and these are added up."""
+
+    def put(self, out, mask, y):
+        z = torch.zeros_like(out)
+        z[mask] = y
+        return z
+
+    def experts(self, x, topk_ids, topk_weights):
+        out, scores = 0, self.scores(topk_ids, topk_weights)
+        for e in self.visited:
+            mask = self.mask(topk_ids, scores, e)
+            out = out + self.put(x, mask, self.expert(e, x[mask]) * scores[mask, e, None])
+        return out
+
+
 class Assigned(MaskLoop):
     """One expert per token, chosen by an argmax: nothing is added to, every row is written once."""
 
@@ -475,6 +491,23 @@ class TestsOther(MakeMoE):
         return out
 
 
+class OnesForEach(TensorForEach):
+    def put(self, out, mask, y):
+        z = torch.ones_like(out)
+        z[mask] = y
+        return z
+
+
+class LastOfEach(TensorForEach):
+    """A token that an expert has twice gets one of two results."""
+
+    def put(self, out, mask, y):
+        (token,) = torch.where(mask)
+        z = torch.zeros_like(out)
+        z[token // 2] = y
+        return z
+
+
 class Halved(MaskLoop):
     def add(self, out, mask, y):
         out[mask] += 0.5 * y
@@ -520,6 +553,7 @@ SAMPLES = (
     Sample(name="capacity_hits", build=CapacityHits, brief=True),
     Sample(name="from_ones", build=FromOnes, brief=True),
     Sample(name="from_shared", build=FromShared, brief=True),
+    Sample(name="tensor_for_each", build=TensorForEach, brief=True),
     Sample(name="assigned", build=Assigned, brief=True),
     Sample(name="pairs", build=Pairs, brief=True),
 )
@@ -552,6 +586,8 @@ NEAR_MISSES = (
     NearMiss(name="score_of_next", build=ScoreOfOther, code="SPELLING"),
     NearMiss(name="written_not_added", build=WrittenNotAdded, code="ACCUMULATOR"),
     NearMiss(name="tests_other", build=TestsOther, code="ASSUMPTION"),
+    NearMiss(name="ones_for_each", build=OnesForEach, code="ACCUMULATOR"),
+    NearMiss(name="last_of_each", build=LastOfEach, code="SPELLING"),
     NearMiss(name="halved", build=Halved, code="SPELLING"),
     NearMiss(name="sum_read", build=SumRead, code="SPELLING"),
     NearMiss(name="pairs_twice", build=PairsTwice, code="EXPERT_TWICE"),

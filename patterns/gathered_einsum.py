@@ -14,13 +14,16 @@ from torch.nn import functional as F
 from moe_inductor.match.api import ExpertsSpelling, NearMiss, Sample
 
 
-def reference(x, topk_ids, topk_weights, experts):
+def reference(x, topk_ids, topk_weights, experts, *, combine):
     def linear(rows, weight, bias):
         equation = "ti,taoi->tao" if rows.dim() == 2 else "tao,taio->tai"
         made = torch.einsum(equation, rows, weight[topk_ids])
         return made if bias is None else made + bias[topk_ids]
 
-    return torch.einsum("tai,ta->ti", experts(x, linear), topk_weights.to(x.dtype))
+    y, weights = experts(x, linear), topk_weights.to(x.dtype)
+    if combine == "sum":
+        return (y * weights[..., None]).sum(dim=1)
+    return torch.einsum("tai,ta->ti", y, weights)
 
 
 class Einsum(_blocks.Block):
@@ -74,6 +77,11 @@ class Stacked(Einsum):
         return self.combine(self.down(self.act(first), self.down_proj[topk_ids]), topk_weights)
 
 
+class ProductSummed(Einsum):
+    def combine(self, y, topk_weights):
+        return (y * topk_weights.unsqueeze(-1)).sum(dim=1)
+
+
 # -- near misses ------------------------------------------------------------------------------------------------------
 
 
@@ -104,6 +112,14 @@ class WeightsSummed(Einsum):
 class WeightsReversed(Einsum):
     def combine(self, y, topk_weights):
         return torch.einsum("tai,ta->ti", y.flip(1), topk_weights)
+
+
+class SummedOverTokens(Einsum):
+    """Of the wrong dimension, and spread over the tokens again."""
+
+    def combine(self, y, topk_weights):
+        product = y * topk_weights.unsqueeze(-1)
+        return product.sum(dim=0).sum(dim=0).expand(y.shape[0], -1).clone()
 
 
 class NotSummed(Einsum):
@@ -205,14 +221,17 @@ GATHERED_EINSUM = ExpertsSpelling(
     name="gathered_einsum",
     source="gpt-fast, mixtral-moe/model.py; torchao",
     reference=reference,
+    facts={"combine": ("einsum", "sum")},
     anchor="aten::bmm",
     samples=(
         Sample(name="einsum", build=Einsum),
+        Sample(name="product_summed", build=ProductSummed, brief=True),
         Sample(name="einsum_biased", build=Biased, brief=True),
         Sample(name="einsum_top_one", build=TopOne, brief=True),
         Sample(name="einsum_stacked", build=Stacked, brief=True),
     ),
     near_misses=(
+        NearMiss(name="summed_over_tokens", build=SummedOverTokens, code="SPELLING"),
         NearMiss(name="other_ids_for_down", build=OtherIdsForDown, code="INPUTS_DIFFER"),
         NearMiss(name="other_ids_for_up", build=OtherIdsForUp, code="INPUTS_DIFFER"),
         NearMiss(name="unweighted", build=Unweighted, code="SPELLING"),

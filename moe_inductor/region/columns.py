@@ -104,12 +104,12 @@ def _own_weight(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 def _column(
     out: Emitter, scores: fx.Node, hit: _Hit, made: torch.Tensor, origin: str | None
 ) -> fx.Node | None:
-    """scatter(zeros, ids, w)[.., e]; made: of the dtype that w is cast to."""
+    """scatter(zeros, ids, w)[.., e], for ids that were chosen from E; made: of the dtype that w is cast to."""
     chosen, ids = chosen_from(kept_of(hit.ids)), value(hit.ids)
     if chosen is None or not same_sizes(value(scores).shape, ids.shape):
         return None
     E = value(chosen[0]).shape[chosen[1]]
-    if not are_distinct(hit.ids, E) or not _is_expert(hit.expert, E):
+    if not _is_expert(hit.expert, E):
         return None
     matrix = torch.empty_like(ids[..., :1].expand(*ids.shape[:-1], E), dtype=made.dtype)
     scores = cast(out, scores, torch.empty_like(ids, dtype=made.dtype), origin)
@@ -166,8 +166,6 @@ def _of_pairs(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         return None
     hit = _hit(mask)
     if hit is None or hit.rows is not None or value(mask).dim() != 2:
-        return None
-    if not same_sizes(value(base).shape, value(mask).shape):
         return None
     made = value(node)
     pairs = made.new_empty((made.shape[0], 2), dtype=torch.int64)

@@ -154,10 +154,40 @@ def add_rows(
     return arithmetic(out, aten.add.Tensor, before, total, made, origin)
 
 
+@rule(aten.add.Tensor, first=True)
+def _added(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """s + index_put(zeros, [i], y) = index_add(s, 0, i, y) for distinct rows i of an expert, and a sum s, or 0"""
+    made = value(node)
+    if kwargs or len(args) != 2:
+        return None
+    for total, one in (args, args[::-1]):
+        if not isinstance(one, fx.Node) or one.target is not aten.index_put.default:
+            continue
+        base, indices, given = one.args[:3]
+        of_expert = len(one.args) == 3 and len(indices) == 1 and hits(indices[0]) is not None
+        if not of_expert or not _is_zero(base) or not occur_once(indices[0]):
+            continue
+        if not isinstance(total, fx.Node):
+            total = base if total == 0 else None
+        if total is None or not _is_sum(total) or value(given).dim() != made.dim():
+            continue
+        if any(value(n).dtype != made.dtype for n in (total, one, given)):
+            continue
+        if not all(out.same_shape(value(n), made) for n in (total, one)):
+            continue
+        added = (total, 0, indices[0], given)
+        return out.emit(aten.index_add.default, added, {}, made, node.meta.get("stack_trace"))
+    return None
+
+
 def _is_sum(node: fx.Node) -> bool:
     """Is it zeros, to which rows may have been added?"""
     while node.target is aten.index_add.default and len(node.args) == 4:
         node = node_arg(node, 0)
+    return _is_zero(node)
+
+
+def _is_zero(node: fx.Node) -> bool:
     return node.target is aten.full.default and bool(node.args[1] == 0)
 
 
