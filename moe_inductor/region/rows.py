@@ -163,8 +163,8 @@ def _added(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     for total, one in (args, args[::-1]):
         if not isinstance(one, fx.Node) or one.target is not aten.index_put.default:
             continue
-        base, indices, given = one.args[:3]
-        of_expert = len(one.args) == 3 and len(indices) == 1 and hits(indices[0]) is not None
+        base, indices, given, *more = _given(one)
+        of_expert = not more and len(indices) == 1 and hits(indices[0]) is not None
         if not of_expert or not _is_zero(base) or not occur_once(indices[0]):
             continue
         if not isinstance(total, fx.Node):
@@ -178,6 +178,10 @@ def _added(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         added = (total, 0, indices[0], given)
         return out.emit(aten.index_add.default, added, {}, made, node.meta.get("stack_trace"))
     return None
+
+
+def _given(node: fx.Node) -> list[Any]:
+    return list(node.args)
 
 
 def _is_sum(node: fx.Node) -> bool:
