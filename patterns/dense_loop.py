@@ -8,7 +8,7 @@ assumed about infinities and NaNs.
 """
 
 import torch
-from moe_inductor.patterns import _blocks
+from moe_inductor.patterns import _blocks, _picked
 from moe_inductor.patterns._blocks import HIDDEN, NUM_EXPERTS
 from torch import nn
 from torch.nn import functional as F
@@ -288,8 +288,10 @@ DENSE_LOOP = ExpertsSpelling(
         Sample(name="summed", build=Summed, brief=True),
         Sample(name="chosen_scores", build=ChosenScores, brief=True),
         Sample(name="masked_sum", build=MaskedSum, brief=True),
+        *_picked.SAMPLES,
     ),
     near_misses=(
+        *_picked.NEAR_MISSES,
         NearMiss(name="scores_not_zero", build=NonzeroFill, code="PROOF"),
         NearMiss(name="sigmoid_of_zeros", build=SigmoidOfZeros, code="PROOF"),
         NearMiss(name="softmax_of_zeros", build=SoftmaxOfZeros, code="SPELLING"),

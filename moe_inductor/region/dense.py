@@ -3,7 +3,7 @@
 There the experts do not depend on the choice.  What gives such a block away is where the two meet: scores that come
 from a top-k over E experts, with no matrix product in between, are multiplied with what experts made, which are two
 products deep: batched ones with a stack ``[E, ..]`` of weights, or one pair for each expert.  Or the scores are in the
-rows that such a batched product reads.
+rows that such a batched product reads.  Or a token's experts are picked from what all of them made, by their ids.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import fx
 from moe_inductor.region.nodes import (
     BATCHED_PRODUCTS,
     is_floating,
+    is_integral,
     is_tensor,
     name_of,
     tensors,
@@ -25,6 +26,7 @@ from moe_inductor.region.nodes import (
 
 _GEMMS = BATCHED_PRODUCTS | {"linear", "mm", "addmm"}
 _MEETING = BATCHED_PRODUCTS | {"mul", "mul_", "__mul__", "imul", "multiply"}
+_PICKING = frozenset({"getitem", "gather", "take_along_dim"})
 # Between two products of an MLP there is a handful of nodes, and that for each expert.
 _LIMIT = 64
 
@@ -56,10 +58,17 @@ def _from(graph: fx.Graph, root: fx.Node) -> Dense | None:
     classes = value(scores).shape[-1]
     if not isinstance(classes, int) or classes < 2:
         return None
-    routed = _routed(graph, root, scores)
+    routed, ids = _routed(graph, root, scores), _ids(graph, root)
     stacked, single, experts = [], [], set()
     for node in graph.nodes:
-        if name_of(node) not in _MEETING or node in routed or not is_tensor(node):
+        if node in routed or not is_tensor(node):
+            continue
+        if name_of(node) in _PICKING:
+            nodes = _picked_from(node, routed, ids, classes)
+            if nodes:
+                stacked.append(node)
+                experts |= nodes
+        if name_of(node) not in _MEETING:
             continue
         if name_of(node) in BATCHED_PRODUCTS and _stacks(node, classes):
             behind = _behind(node, routed)
@@ -79,6 +88,26 @@ def _from(graph: fx.Graph, root: fx.Node) -> Dense | None:
         single = []
     anchors = [*stacked, *single]
     return Dense(root, anchors, experts) if anchors else None
+
+
+def _picked_from(
+    node: fx.Node, routed: set[fx.Node], ids: set[fx.Node], classes: int
+) -> set[fx.Node]:
+    """What all experts compute for ``node`` to pick from by ids."""
+    source, *at = node.all_input_nodes
+    if source in routed or not any(a in ids for a in at):
+        return set()
+    nodes, of_all = _experts(source, routed, classes, several=True) or (set(), False)
+    return nodes if of_all else set()
+
+
+def _ids(graph: fx.Graph, root: fx.Node) -> set[fx.Node]:
+    """All integers that are made of the choice."""
+    found = {root}
+    for node in graph.nodes:
+        if is_integral(node) and any(a in found for a in node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _routed(graph: fx.Graph, root: fx.Node, scores: fx.Node) -> set[fx.Node]:
@@ -160,8 +189,12 @@ def _before(node: fx.Node, routed: set[fx.Node], classes: int) -> set[fx.Node]:
     return found
 
 
-def _experts(made: fx.Node, routed: set[fx.Node], classes: int) -> tuple[set[fx.Node], bool] | None:
-    """What experts compute to give ``made``, and whether all are in it; None if ``made`` is no expert's result."""
+def _experts(
+    made: fx.Node, routed: set[fx.Node], classes: int, several: bool = False
+) -> tuple[set[fx.Node], bool] | None:
+    """What experts compute to give ``made``, and whether all are in it; None if ``made`` is no expert's result.
+
+    several: also of more experts or fewer than ``classes``, if ``made`` has a dimension for them."""
     own = {made} if made.op.startswith("call") else set()
     if name_of(made) in _GEMMS:
         last, own = [made], set()
@@ -171,7 +204,10 @@ def _experts(made: fx.Node, routed: set[fx.Node], classes: int) -> tuple[set[fx.
             return None
         last, own = behind.products, own | behind.nodes
     is_stacked = bool(last) and all(_stacks(n, classes) for n in last)
-    if not is_stacked and len(last) not in (1, classes):
+    of_all = is_stacked or len(last) == classes
+    if several and is_tensor(made) and value(made).dim() > 2:
+        of_all |= len(last) > 1 and len(last) in value(made).shape
+    if not of_all and len(last) != 1:
         return None
     nodes = own | set(last)
     for product in last:
@@ -179,4 +215,4 @@ def _experts(made: fx.Node, routed: set[fx.Node], classes: int) -> tuple[set[fx.
         if not first.products or len(first.nodes) > _LIMIT:
             return None
         nodes |= first.nodes | set(first.products)
-    return nodes, is_stacked or len(last) == classes
+    return nodes, of_all

@@ -30,6 +30,14 @@ from moe_inductor.region.sparse import matrix_of
 aten = torch.ops.aten
 
 _PRODUCTS = (aten.bmm.default, aten.mm.default)
+# What lays a tensor out otherwise.
+_LAYOUTS = frozenset(
+    {
+        aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default,
+        aten.squeeze.dim, aten.t.default, aten.transpose.int, aten.permute.default, aten.expand.default,
+        aten.clone.default, aten._to_copy.default, aten.detach.default, aten.alias.default,
+    }
+)  # fmt: skip
 _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
 _UNARY = (
     aten.silu.default, aten.gelu.default, aten.relu.default, aten.sigmoid.default, aten.tanh.default, aten.erf.default,
@@ -55,6 +63,32 @@ def is_of_experts(node: fx.Node) -> bool:
         same_sizes(value(a).shape, value(node).shape) and is_of_experts(a)
         for a in node.all_input_nodes
     )
+
+
+def multiplied_by_several(graph: fx.Graph) -> set[fx.Node]:
+    """Inputs [.., .., ..] of a traced graph that are multiplied with several matrices of other inputs: hidden states
+    [B, S, H].  A stack of matrices is multiplied with the hidden states alone."""
+    others: dict[fx.Node, set[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.target not in (*_PRODUCTS, aten.addmm.default):
+            continue
+        one, other = (_input_of(a) for a in node.args[-2:])
+        if one is not None and other is not None:
+            others.setdefault(one, set()).add(other)
+            others.setdefault(other, set()).add(one)
+    return {
+        n
+        for n, found in others.items()
+        if len(found) > 1 and n.op == "placeholder" and value(n).dim() == 3
+    }
+
+
+def _input_of(node: Any) -> fx.Node | None:
+    """The input, or one matrix of an input, of which ``node`` in a traced graph is a view or a cast."""
+    while node.op == "call_function" and node.target in _LAYOUTS:
+        node = node.args[0]
+    stored = node_arg(node, 0) if node.target is aten.select.int else node
+    return node if stored.op in ("placeholder", "get_attr") else None
 
 
 def _is_stack(node: fx.Node) -> bool:
@@ -117,8 +151,9 @@ def _product(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     operands = _operands(args)
     if operands is None:
         return None
-    for i, weight in enumerate(operands):
-        if _is_stack(weight.axes.base) and len(weight.axes.order) == 3:
+    for i, weight in ((1, operands[1]), (0, operands[0])):  # of two inputs, rows tend to come first
+        base = weight.axes.base
+        if _is_stack(base) and uncast(base) not in out.tokens and len(weight.axes.order) == 3:
             return _applied(out, node, operands[1 - i], weight, rows_first=i == 1)
     for i, y in enumerate(operands):
         if is_of_experts(y.axes.base):

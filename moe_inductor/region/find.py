@@ -232,8 +232,23 @@ def _is_gathered_weight(node: fx.Node) -> bool:
         return False
     source, *rest = node.all_input_nodes
     return (
-        is_tensor(source) and value(source).dim() >= 3 and any(is_integral(index) for index in rest)
+        is_tensor(source)
+        and value(source).dim() >= 3
+        and any(is_integral(index) for index in rest)
+        and not _is_product(source)
     )
+
+
+def _is_product(node: fx.Node) -> bool:
+    """What a GEMM gave, or several of them put together, with a bias or without: no weight."""
+    todo = [node]
+    while todo:
+        node = viewed(todo.pop())
+        if node.op.startswith("call") and name_of(node) in _GEMMS:
+            return True
+        if name_of(node) in ("stack", "cat", "add"):
+            todo += node.all_input_nodes
+    return False
 
 
 def _selects_rows(node: fx.Node) -> bool:

@@ -97,6 +97,7 @@ class Emitter:
     numbers: what is known about sizes that depend on data.  pairs: what has been unsorted (``region/pairs.py``).
     refused: why something that was sorted could not be.  batches: views that put a batch of one in front of what they
     view (``region/one_batch.py``).
+    tokens: inputs that are known to be rows, not matrices (``region/einsums.py``).
     """
 
     def __init__(self, *, keep_detach: bool) -> None:
@@ -106,6 +107,7 @@ class Emitter:
         self.pairs: dict[fx.Node, Order] = {}
         self.refused: list[Refusal] = []
         self.batches: dict[fx.Node, fx.Node] = {}
+        self.tokens: set[fx.Node] = set()
         self._scratch = fx.Graph()
         self._interned: dict[Any, fx.Node] = {}
         self._made: dict[Any, tuple[fx.Node, int]] = {}  # unbacked symbol -> where it was made
@@ -235,6 +237,7 @@ def normalise(
     out: what to build it with, for a caller who wants to know what was found out on the way.
     """
     out = out or Emitter(keep_detach=keep_detach)
+    out.tokens = _einsums.multiplied_by_several(graph)
     env: dict[fx.Node, Any] = {}
     if not keep_detach or all(n.target is not aten.detach.default for n in graph.nodes):
         for node in graph.nodes:
@@ -264,6 +267,8 @@ def _emit(out: Emitter, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
             return out.size(found)  # spelled by its symbol wherever it occurs
         new = out.graph.placeholder(node.name)
         new.meta.update(node.meta)
+        if node in out.tokens:
+            out.tokens.add(new)
         return new
     if node.op == "get_attr":
         new = out.graph.get_attr(str(node.target))
@@ -751,9 +756,10 @@ def _key(item: Any) -> Any:
 
 
 # They register their rules, with what stands above.
-from moe_inductor.region import einsums as _einsums  # noqa: E402, F401
+from moe_inductor.region import einsums as _einsums  # noqa: E402
 from moe_inductor.region import maps as _maps  # noqa: E402, F401
 from moe_inductor.region import one_batch as _one_batch  # noqa: E402
+from moe_inductor.region import picked as _picked  # noqa: E402, F401
 from moe_inductor.region import rows as _rows  # noqa: E402, F401
 from moe_inductor.region import scaled as _scaled  # noqa: E402, F401
 from moe_inductor.region import slot_pairs as _slot_pairs  # noqa: E402, F401

@@ -80,7 +80,7 @@ def _one_hot(node: fx.Node) -> Matrix | None:
     return Matrix(0, ids, 1)  # type: ignore[arg-type]
 
 
-def _scattered(
+def scattered(
     out: Emitter, fill: Any, ids: fx.Node, scores: Any, made: torch.Tensor, origin: str | None
 ) -> fx.Node:
     """``scores``: a node, or a number for all."""
@@ -178,7 +178,7 @@ def _everywhere(
         scores = _of_number(node, found.scores, value(source).dtype, args, kwargs)
         if scores is None:
             return None
-    return _scattered(out, fill, found.ids, scores, made, origin)
+    return scattered(out, fill, found.ids, scores, made, origin)
 
 
 def _of_number(node: fx.Node, number: Any, dtype: torch.dtype, args: tuple, kwargs: dict) -> Any:
@@ -225,7 +225,7 @@ def _scaled(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         else:
             own = _spread(out, found.ids, found.scores, value(source).dtype, origin)
             scores = arithmetic(out, node.target, own, factor, val, origin)
-        return _scattered(out, 0, found.ids, scores, made, origin)
+        return scattered(out, 0, found.ids, scores, made, origin)
     return None
 
 
@@ -248,7 +248,7 @@ def _softmax(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     made, origin = value(node), node.meta.get("stack_trace")
     val = torch.empty_like(value(found.scores), dtype=made.dtype)
     scores = out.emit(aten._softmax.default, (found.scores, *args[1:]), kwargs, val, origin)
-    return _scattered(out, 0, found.ids, scores, made, origin)
+    return scattered(out, 0, found.ids, scores, made, origin)
 
 
 @rule(aten.sum.dim_IntList, aten.any.dim, first=True)
@@ -276,7 +276,7 @@ def _reduced(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         if value(scores).dtype != made.dtype:
             return None
         scores = out.view(scores, value(scores).squeeze(-1), origin)
-    return _scattered(out, found.fill, ids, scores, made, origin)
+    return scattered(out, found.fill, ids, scores, made, origin)
 
 
 @rule(aten.masked_fill.Scalar, aten.where.ScalarOther, aten.where.self)
@@ -301,7 +301,7 @@ def _chosen_only(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         return None
     fill = 0 if fill == 0 else fill
     picked = _picked(out, scores, found.ids, origin)
-    return _scattered(out, fill, found.ids, picked, made, origin)
+    return scattered(out, fill, found.ids, picked, made, origin)
 
 
 @rule(*RESHAPES, first=True)
@@ -320,7 +320,7 @@ def _leading(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         inner = uncast(scores)
         view = out.view(inner, torch.empty_like(shaped, dtype=value(inner).dtype), origin)
         scores = cast(out, view, torch.empty_like(shaped, dtype=value(scores).dtype), origin)
-    return _scattered(out, found.fill, ids, scores, made, origin)
+    return scattered(out, found.fill, ids, scores, made, origin)
 
 
 @rule(aten.sum.dim_IntList, first=True)
@@ -393,7 +393,7 @@ def _listed(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         return None
     origin = node.meta.get("stack_trace")
     whole = torch.empty_like(value(matrix), dtype=torch.bool)  # type: ignore[arg-type]
-    booleans = _scattered(out, False, found.ids, found.scores, whole, origin)
+    booleans = scattered(out, False, found.ids, found.scores, whole, origin)
     column = torch.empty_like(whole.select(dim, 0))  # type: ignore[arg-type]
     row = _hit(out, booleans, dim, e, column, origin)
     if row is None:

@@ -65,11 +65,33 @@ def _expanded(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     return out.emit(aten.expand.default, (inner, out.sizes(made)), {}, made, origin)
 
 
+@rule(aten.stack.default)
+def _stack(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """stack(ys, -1) = stack(ys, d): d is not negative"""
+    pieces, dim = (*args, 0)[:2]
+    rest = (dim % value(node).dim(),) if dim % value(node).dim() else ()
+    origin = node.meta.get("stack_trace")
+    return out.emit(aten.stack.default, (pieces, *rest), {}, value(node), origin)
+
+
+@rule(aten.cat.default, first=True)
+def _joined(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """cat([view(y, [T, 1, H]) of each expert], 1) = stack(ys, 1)"""
+    parts: list[fx.Node] = args[0]
+    dim: int = (*args[1:], 0)[0]
+    made, origin = value(node), node.meta.get("stack_trace")
+    if len(parts) < 2 or made.dim() < 3 or not made.dtype.is_floating_point:
+        return None
+    if any(p.target is not aten.view.default or not is_one(value(p).shape[dim]) for p in parts):
+        return None
+    pieces = [out.view(p, value(p).squeeze(dim), origin) for p in parts]
+    return out.emit(aten.stack.default, (pieces, *([dim] if dim else [])), {}, made, origin)
+
+
 @rule(aten.sum.dim_IntList)
 def _weighted(out: Emitter, node: fx.Node, args: tuple[Any, ...], kwargs: dict) -> Any:
     """sum(y [E, B, S, H] * w [E, B, S, 1], 0) = view(sum(view(y, [E, T, H]) * view(w, [E, T, 1]), 0)), and without w
-    sum(permute(y, [1, 0, 2]) * w [T, E, 1], 1) = sum(y * view(permute(view(w)), [E, T, 1]), 0)
-    sum(stack(ys, 1) * w [T, E, 1], 1) = ((0 + ys[0] * w[:, 0]) + ys[1] * w[:, 1]) + .."""
+    sum(permute(y, [1, 0, 2]) * w [T, E, 1], 1) = sum(y * view(permute(view(w)), [E, T, 1]), 0)"""
     if kwargs or len(args) != 2 or len(args[1]) != 1 or not value(node).dtype.is_floating_point:
         return None
     made, origin, (dim,) = value(node), node.meta.get("stack_trace"), args[1]
@@ -88,9 +110,6 @@ def _weighted(out: Emitter, node: fx.Node, args: tuple[Any, ...], kwargs: dict) 
     if dim != 1 or len(shape) != 3 or w is None:
         return None
     matrix = out.view(w, value(w).squeeze(-1), origin)
-    pieces = _stacked(y)
-    if pieces is not None:
-        return _chain(out, pieces, matrix, made, origin)
     if (
         y.target is aten.permute.default
         and y.args[1] == [1, 0, 2]
@@ -109,19 +128,13 @@ def _sum(out: Emitter, y: fx.Node, w: fx.Node | None, origin: str | None) -> fx.
     return out.emit(aten.sum.dim_IntList, (y, [0]), {}, value(y).sum(0), origin)
 
 
-def _stacked(y: fx.Node) -> list[fx.Node] | None:
-    """The pieces of ``stack(ys, 1)``."""
-    if y.target is aten.stack.default and y.args[1:] == (1,):
-        return list(y.args[0])  # type: ignore[arg-type]
-    return None
-
-
-def _chain(
-    out: Emitter, pieces: list[fx.Node], matrix: fx.Node, made: torch.Tensor, origin: str | None
+def chain(
+    out: Emitter, ys: dict[int, fx.Node], matrix: fx.Node, made: torch.Tensor, origin: str | None
 ) -> fx.Node:
+    """((0 + ys[0] * matrix[:, 0]) + ys[1] * matrix[:, 1]) + .., in the order of ``ys``"""
     kept = {"dtype": made.dtype, "device": made.device}
     total = out.emit(aten.full.default, (out.sizes(made), 0), kept, made, origin)
-    for e, y in enumerate(pieces):
+    for e, y in ys.items():
         column = value(matrix).select(1, e)
         score = row_of(out, matrix, 1, e, column, origin)
         score = out.view(score, column.unsqueeze(-1), origin)
