@@ -42,6 +42,7 @@ from moe_inductor.prove.expressions import Numbering
 from moe_inductor.prove.skipped import prove_skipped
 from moe_inductor.reasons import Code, Reason, Refusal
 from moe_inductor.region.canonical import Canonical, trace
+from moe_inductor.region.counts import root_of
 from moe_inductor.region.find import Region
 from moe_inductor.region.fold import Fold, fold, fold_rolled, sum_steps
 from moe_inductor.region.nodes import (
@@ -355,8 +356,8 @@ def _counts_no_other_ids(
     held = canonical.held_in(counts)
     counted = None
     if held is not None and _unviewed(held).target is aten.bincount.default:
-        counted = _unviewed(_unviewed(held).all_input_nodes[0])
-    if counted is not bound.topk_ids or not ids_in_range(bound.topk_ids, length.length):
+        counted = root_of(_unviewed(held).all_input_nodes[0])
+    if counted is not root_of(bound.topk_ids) or not ids_in_range(bound.topk_ids, length.length):
         raise Refusal(
             Code.ASSUMPTION,
             "bincount: not known to count ids below its minlength",

@@ -31,6 +31,9 @@ _COMPARISONS = {
     for overload in ("Scalar", "Tensor")
 }
 
+# Which argument has the rows that are written.
+_WRITTEN = {"setitem": 2, "index_add_": 3}
+
 
 def prove_skipped(
     canonical: Canonical,
@@ -157,7 +160,8 @@ def _changes_nothing(canonical: Canonical, one: Pass, atom: Atom, test: Assumpti
         for target in mutated(node):
             if target in nodes and not storages(target) & older:
                 continue
-            written = node.args[-1] if name_of(node) == "setitem" else None
+            last = _WRITTEN.get(name_of(node), len(node.args))
+            written = node.args[last] if last < len(node.args) else None
             rows = _rows(canonical, written) if isinstance(written, fx.Node) else None
             if not _is_none(rows, atom):
                 refuse("rows are written")

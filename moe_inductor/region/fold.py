@@ -24,7 +24,7 @@ from torch import fx
 
 from moe_inductor.capture.assumptions import Pass
 from moe_inductor.region.find import Region
-from moe_inductor.region.nodes import mutated, name_of, node_arg, value
+from moe_inductor.region.nodes import has_unbacked, mutated, name_of, node_arg, value
 
 # The statements that add one expert's rows to the sum.
 _STEPS = frozenset({"index_add_", "index_add", "setitem", "index_put_", "index_put"})
@@ -60,7 +60,7 @@ def fold(region: Region, guards: Mapping[fx.Node, Sequence[fx.Node]]) -> Fold | 
         return None
     members = set(region.nodes)
     passes = _passes(steps, guards, members)
-    if passes is None:
+    if passes is None or any(_is_cut_off(n) for one in passes for n in one):
         return None
     templates = [
         list(_tokens(one, step, guards.get(step, ())))
@@ -123,6 +123,12 @@ def _one_sum(steps: list[fx.Node]) -> bool:
     same = all(s.args[0] is steps[0].args[0] for s in steps)
     chain = all(b.args[0] is a for a, b in itertools.pairwise(steps))
     return same or chain
+
+
+def _is_cut_off(node: fx.Node) -> bool:
+    """An expert's part of sorted rows: what the experts do is only seen when all parts are put together again."""
+    pack = node.all_input_nodes[0] if name_of(node) == "getitem" else None
+    return pack is not None and isinstance(value(pack), (tuple, list)) and has_unbacked(pack)
 
 
 def _passes(

@@ -134,6 +134,8 @@ def unsorted(out: Emitter, node: fx.Node) -> fx.Node | None:
         return _of_tokens(out, node)
     if node.target is aten.bmm.default:
         return _combined(out, node)
+    if node.target is aten.index_add.default and _part_of_tokens(out, node.args[2]) is not None:
+        return _added_part_by_part(out, node)
     found = _undoes(node)
     if found is None:
         return None
@@ -149,13 +151,107 @@ def unsorted(out: Emitter, node: fx.Node) -> fx.Node | None:
     out.pairs[made] = order
     if made.target is aten._to_copy.default:  # casts are made behind views
         out.pairs[node_arg(made, 0)] = order
-    if base is None:
-        return made
+    return made if base is None else _summed(out, made, order, base, node)
+
+
+def _summed(out: Emitter, made: fx.Node, order: Order, base: fx.Node, node: fx.Node) -> fx.Node:
+    """The pairs ``made`` of each token, added up and then to ``base``."""
     per_token = _per_token(out, made, order)
     summed = out.apply(aten.sum.dim_IntList, (per_token, [1]), {}, value(node), origin_of(node))
     if fill_of(base) == 0:
         return summed
     return out.apply(aten.add.Tensor, (base, summed), {}, value(node), origin_of(node))
+
+
+def _added_part_by_part(out: Emitter, node: fx.Node) -> fx.Node | None:
+    """index_add(index_add(b, 0, tok[:i], y_0), 0, tok[i:j], y_1) .. = index_add(b, 0, tok, cat([y_0, y_1, ..])), where
+    tok are the tokens of the sorted pairs, and the parts are those of all experts, each once"""
+    parts: list[tuple[Part, fx.Node, fx.Node]] = []
+    base = node
+    while base.target is aten.index_add.default and len(base.args) == 4 and base.args[1] == 0:
+        part = _part_of_tokens(out, base.args[2])
+        if part is None:
+            break
+        parts.append((part, node_arg(base, 3), base))
+        base = node_arg(base, 0)
+    order = _tokens(parts[0][0].whole) if parts else None
+    if order is None or len(parts) < order.num_experts:
+        return None
+    unsorting = Unsorting(out, order)
+    try:
+        rows = unsorting.added(parts)
+    except Refusal as refusal:
+        out.refused.append(refusal)
+        return None
+    fits = written(value(base).shape[0]) == written(order.tokens)
+    same_width = str(value(base).shape[1:]) == str(value(rows).shape[1:])
+    if not fits or not same_width or value(base).dtype != value(rows).dtype:
+        return None
+    out.pairs[rows] = order
+    return _summed(out, rows, order, base, node)
+
+
+def is_of_one_expert(out: Emitter, rows: Any) -> bool:
+    """Are these the tokens of the sorted pairs of one expert?  Among them no token occurs twice."""
+    part = _part_of_tokens(out, rows)
+    order = _tokens(part.whole) if part is not None else None
+    if part is None or order is None:
+        return False
+    try:
+        Unsorting(out, order).expert_of(rows, part)
+    except Refusal:
+        return False
+    return True
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """``whole[start:end]``"""
+
+    whole: fx.Node
+    start: Form
+    end: Form
+
+
+def part_of(out: Emitter, node: Any) -> Part | None:
+    """x[i:j], or a part of x[index] or of x // k, written as x[index[i:j]] and x[i:j] // k"""
+    if not isinstance(node, fx.Node):
+        return None
+    bounds = out.numbers.bounds(node)
+    if node.target is aten.slice.Tensor and bounds is not None:
+        return Part(node_arg(node, 0), *bounds)
+    pack = node.args[0] if node.target is operator.getitem else None
+    if isinstance(pack, fx.Node) and pack.target is aten.split_with_sizes.default:
+        base, _, *dim = pack.args
+        position = node.args[1]
+        if any(dim) or not isinstance(base, fx.Node) or not isinstance(position, int):
+            return None
+        start: Form = {}
+        for part in value(pack)[:position]:
+            start = plus(start, out.numbers.form(part.shape[0]))
+        length = out.numbers.form(value(pack)[position].shape[0])
+        return Part(base, start, plus(start, length))
+    args: tuple
+    if node.target is aten.index.Tensor and len(node.args[1]) == 1:  # type: ignore[arg-type]
+        inner = part_of(out, node.args[1][0])  # type: ignore[index]
+        args = () if inner is None else (node.args[0], [inner.whole])
+    elif _quotient(node) is not None:
+        inner = part_of(out, node.args[0])
+        args = () if inner is None else (inner.whole, *node.args[1:])
+    else:
+        return None
+    if inner is None:
+        return None
+    found = value(node)
+    made = found.new_empty((value(inner.whole).shape[0], *found.shape[1:]))
+    whole = out.apply(node.target, args, dict(node.kwargs), made, origin_of(node))
+    return dataclasses.replace(inner, whole=whole)
+
+
+def _part_of_tokens(out: Emitter, rows: Any) -> Part | None:
+    """Of the tokens of sorted pairs."""
+    part = part_of(out, rows) if isinstance(rows, fx.Node) and value(rows).dim() == 1 else None
+    return part if part is not None and _tokens(part.whole) is not None else None
 
 
 def _undoes(node: fx.Node) -> tuple[Order, fx.Node, fx.Node | None] | None:
@@ -482,7 +578,7 @@ class Unsorting:
             before, part, *rest = at.args
             if bounds is None or not isinstance(part, fx.Node) or (rest[:1] or [0])[0] != 0:
                 self._refuse(Code.SPELLING, "experts write to something else than their rows", at)
-            e = self._expert(at, *bounds)
+            e = self.expert_of(at, Part(at, *bounds))
             if e in parts:
                 self._refuse(Code.EXPERT_TWICE, f"rows of expert {e} are written twice", at)
             parts[e] = _uncopied(part, at)
@@ -491,6 +587,18 @@ class Unsorting:
         if missing:
             self._refuse(Code.EXPERT_MISSING, f"experts {missing[:4]} are never visited", node)
         return self.parallel([parts[e] for e in range(self.order.num_experts)])
+
+    def added(self, parts: Sequence[tuple[Part, fx.Node, fx.Node]]) -> fx.Node:
+        """The rows that each expert adds to its part of the tokens, and where, as pairs."""
+        rows: dict[int, fx.Node] = {}
+        for part, given, where in parts:
+            if not self._is_same(_tokens(part.whole)):
+                self._refuse(Code.SPELLING, "experts add to tokens in the order of two sorts", where)
+            e = self.expert_of(where, part)
+            if e in rows:
+                self._refuse(Code.EXPERT_TWICE, f"rows of expert {e} are added twice", where)
+            rows[e] = given
+        return self.parallel([rows[e] for e in range(self.order.num_experts)])
 
     def _grouped(self, node: fx.Node) -> fx.Node:
         """grouped_mm(rows, matrices [E, ..], the number of rows up to each expert's last) = pair_linear(..)"""
@@ -529,7 +637,7 @@ class Unsorting:
         return self._made[key]
 
     def _parallel(self, nodes: tuple[fx.Node, ...]) -> fx.Node:
-        slices = [self._slice(node) for node in nodes]
+        slices = [part_of(self.out, node) for node in nodes]
         if any(s is not None for s in slices):
             return self.rows(self._cut(nodes, slices))
         first = nodes[0]
@@ -537,29 +645,13 @@ class Unsorting:
             return self._projection(nodes)
         return self._row_by_row(nodes, self.parallel)
 
-    def _slice(self, node: fx.Node) -> tuple[fx.Node, Form, Form] | None:
-        """What is cut into slices, and where this one starts and ends."""
-        bounds = self.out.numbers.bounds(node)
-        if node.target is aten.slice.Tensor and bounds is not None:
-            return node_arg(node, 0), *bounds
-        pack = node.args[0] if node.target is operator.getitem else None
-        if isinstance(pack, fx.Node) and pack.target is aten.split_with_sizes.default:
-            base, _, *dim = pack.args
-            position = node.args[1]
-            if not any(dim) and isinstance(base, fx.Node) and isinstance(position, int):
-                start: Form = {}
-                for part in value(pack)[:position]:
-                    start = plus(start, self.out.numbers.form(part.shape[0]))
-                length = self.out.numbers.form(value(pack)[position].shape[0])
-                return base, start, plus(start, length)
-        return None
-
-    def _cut(self, nodes: Sequence[fx.Node], slices: Sequence[Any]) -> fx.Node:
-        bases = {s[0] if s is not None else None for s in slices}
+    def _cut(self, nodes: Sequence[fx.Node], slices: Sequence[Part | None]) -> fx.Node:
+        bases = {s.whole if s is not None else None for s in slices}
         if len(bases) > 1:
             self._refuse(Code.INPUTS_DIFFER, "experts read different inputs", nodes[0])
-        for e, (node, (_, start, end)) in enumerate(zip(nodes, slices, strict=True)):
-            read = self._expert(node, start, end)
+        for e, (node, part) in enumerate(zip(nodes, slices, strict=True)):
+            assert part is not None
+            read = self.expert_of(node, part)
             if read != e:
                 self._refuse(
                     Code.EXPERT_WEIGHTS, f"expert {e} is given the rows of expert {read}", node
@@ -580,8 +672,9 @@ class Unsorting:
             self._refuse(Code.PROOF, "some of the sorted rows are left out", base)
         return node_arg(base, 0)
 
-    def _expert(self, node: fx.Node, start: Form, end: Form) -> int:
-        """The expert to whom the rows from ``start`` to ``end`` belong."""
+    def expert_of(self, node: fx.Node, part: Part) -> int:
+        """The expert to whom the rows ``node``, which are ``part`` of all, belong."""
+        start, end = part.start, part.end
         atom = single(plus(end, start, -1))
         if atom is None or atom[1] is None or not self._counts(atom[0]):
             words = "the lengths of the slices are not known to be how often each expert was chosen"

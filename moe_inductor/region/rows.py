@@ -16,6 +16,7 @@ from torch import fx
 
 from moe_inductor.region.nodes import node_arg, same_sizes, value
 from moe_inductor.region.normalise import Emitter, arithmetic, is_one, row_of, rule
+from moe_inductor.region.pairs import is_of_one_expert
 
 aten = torch.ops.aten
 
@@ -154,7 +155,9 @@ def _is_sum(node: fx.Node) -> bool:
 
 def _increment(out: Emitter, base: fx.Node, rows: fx.Node, given: fx.Node) -> fx.Node | None:
     """``y`` where ``given`` is ``index(base, [rows]) + y`` and no row occurs twice."""
-    if given.target is not aten.add.Tensor or len(given.args) != 2 or not occur_once(rows):
+    if given.target is not aten.add.Tensor or len(given.args) != 2:
+        return None
+    if not occur_once(rows) and not is_of_one_expert(out, rows):
         return None
     for mine, other in (given.args, given.args[::-1]):
         if (
