@@ -593,7 +593,9 @@ class Unsorting:
         rows: dict[int, fx.Node] = {}
         for part, given, where in parts:
             if not self._is_same(_tokens(part.whole)):
-                self._refuse(Code.SPELLING, "experts add to tokens in the order of two sorts", where)
+                self._refuse(
+                    Code.SPELLING, "experts add to tokens in the order of two sorts", where
+                )
             e = self.expert_of(where, part)
             if e in rows:
                 self._refuse(Code.EXPERT_TWICE, f"rows of expert {e} are added twice", where)
