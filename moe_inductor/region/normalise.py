@@ -759,7 +759,7 @@ def _key(item: Any) -> Any:
 from moe_inductor.region import einsums as _einsums  # noqa: E402
 from moe_inductor.region import maps as _maps  # noqa: E402, F401
 from moe_inductor.region import one_batch as _one_batch  # noqa: E402
-from moe_inductor.region import picked as _picked  # noqa: E402, F401
+from moe_inductor.region import picked_experts as _picked_experts  # noqa: E402, F401
 from moe_inductor.region import rows as _rows  # noqa: E402, F401
 from moe_inductor.region import scaled as _scaled  # noqa: E402, F401
 from moe_inductor.region import slot_pairs as _slot_pairs  # noqa: E402, F401

@@ -3,9 +3,7 @@
     sum_j w[t, j] y[ids[t, j]][t]  =  sum_j sum_e w[t, j] (ids[t, j] == e) y[e][t]  =  sum_e scores[t, e] y[e][t]
 
 with ``scores = scatter(zeros, ids, w)``, for ids [T, k] that are distinct positions among as many scores as there are
-experts.  The uniform spelling of the right hand side is that of ``stacks.py``.  On the left, a *share* is what is added
-for some of the choices j and experts e; that each choice is there for each expert, once, is shown before anything is
-rewritten.  The terms of a sum have no order.
+experts.  The uniform spelling of the right hand side is that of ``stacks.py``.  The terms of a sum have no order.
 """
 
 from __future__ import annotations
