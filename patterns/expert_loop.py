@@ -108,6 +108,16 @@ class Compare(Loop):
         return out
 
 
+class AllAlike(Compare):
+    """Hash layers and BASE layers: one expert for each token, which weighs one."""
+
+    k = 1
+
+    def route(self, logits):
+        topk_ids = logits.topk(1, dim=-1)[1]
+        return torch.ones(len(logits), 1, dtype=logits.dtype), topk_ids
+
+
 class InModules(Loop):
     """Experts in a ModuleList, each with its own three weights."""
 
@@ -628,6 +638,7 @@ EXPERT_LOOP = ExpertsSpelling(
         Sample(name="flat", build=Flat),
         Sample(name="scattered", build=Scattered),
         Sample(name="sum_in_float", build=SumInFloat, dtypes=(torch.bfloat16,)),
+        Sample(name="all_alike", build=AllAlike),
         Sample(name="chooses_twice", build=ChoosesTwice, brief=True),
         Sample(name="compares_scores", build=ComparesScores, brief=True),
         Sample(name="no_grad_weights", build=NoGradWeights, brief=True),
