@@ -432,15 +432,6 @@ class AddedToShared(StartsFromShared):
         return out
 
 
-class CopiedFirst(StartsFromShared):
-    """The sum starts from a fresh tensor that is written to between the router and the experts."""
-
-    def start(self, x):
-        out = torch.empty_like(x)
-        out.copy_(self.shared(x))
-        return out
-
-
 class ReadBefore(StartsFromShared):
     """What the sum starts from is read before."""
 
@@ -680,7 +671,6 @@ EXPERT_LOOP = ExpertsSpelling(
         NearMiss(name="reads_its_base", build=ReadsItsBase, code="INPUTS_DIFFER"),
         NearMiss(name="scaled_between", build=ScaledBetween, code="ACCUMULATOR"),
         NearMiss(name="known_twice", build=KnownTwice, code="ACCUMULATOR"),
-        NearMiss(name="copied_first", build=CopiedFirst, code="ACCUMULATOR"),
         NearMiss(name="adds_a_constant", build=AddsBias, code="ACCUMULATOR"),
         NearMiss(name="index_add_alpha", build=AddsTwice, code="SPELLING"),
         NearMiss(name="no_grad_inside", build=NoGradExpert, code="GRAD_STATE"),

@@ -413,7 +413,8 @@ class _Reach:
                 False  # a counter that the model keeps: it stays where it is and reads the region
             )
         if name_of(node) in _GATHERS:
-            return self._inside(inputs[0]) or all(map(self._inside, inputs[1:]))
+            source, *index = inputs
+            return self._inside(source) or all(self._inside(a) or _is_made_here(a) for a in index)
         return all(
             self._inside(a) or _is_source(a) or self._is_weight(a) or not list(tensors(a))
             for a in inputs

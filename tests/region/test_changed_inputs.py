@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from moe_inductor.patterns.expert_loop import Loop
+from moe_inductor.patterns.expert_loop import Loop, StartsFromShared
 from torch.nn import functional as F
 
 from moe_inductor.reasons import Code
@@ -77,6 +77,15 @@ class MovedExperts(Loop):
         return out
 
 
+class CopiedFirst(StartsFromShared):
+    """The sum starts from a fresh tensor that is written to between the router and the experts."""
+
+    def start(self, x):
+        out = torch.empty_like(x)
+        out.copy_(self.shared(x))
+        return out
+
+
 def _step(run, module, x, training):
     module.zero_grad()
     x = x.clone().requires_grad_(training)
@@ -132,3 +141,10 @@ def test_experts_that_are_changed_before_the_last_is_done(rewritten):  # noqa: F
     blocks = _compare(MovedExperts(), rewritten, False)
     assert blocks
     assert all(not b.fused and b.reason.code is Code.MUTATION for b in blocks)
+
+
+def test_sum_that_starts_from_what_others_write_to(rewritten):  # noqa: F811
+    torch.manual_seed(0)
+    first, cut = _compare(CopiedFirst(), rewritten, True)
+    assert first.reason.code is Code.ACCUMULATOR
+    assert cut.fused, "stock capture cuts the graph behind what is written"
