@@ -253,7 +253,7 @@ def _is_root(node: fx.Node) -> bool:
     name = name_of(node)
     if node.op == "placeholder":
         return is_integral(node) and value(node).dim() >= 1
-    if name in ("topk", "argmax", "multinomial") or _is_lookup(node):
+    if name in ("topk", "argmax", "argmin", "multinomial") or _is_lookup(node):
         return True
     if name in ("sort", "argsort", "max"):
         return bool(node.all_input_nodes) and any(
