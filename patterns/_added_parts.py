@@ -41,7 +41,7 @@ class Offsets(_blocks.Block):
         start = sum(counts[:e])
         return start, start + counts[e]
 
-    def tokens_to_add_to(self, x, tokens):
+    def tokens_to_add_to(self, topk_ids, tokens):
         return [tokens] * NUM_EXPERTS
 
     def sorted_weights(self, topk_weights, order):
@@ -53,7 +53,10 @@ class Offsets(_blocks.Block):
     def experts(self, x, topk_ids, topk_weights):
         out, order = self.start(x), topk_ids.flatten().argsort()
         tokens, counts = self.token(order), self.counts(topk_ids)
-        to, weights = self.tokens_to_add_to(x, tokens), self.sorted_weights(topk_weights, order)
+        to, weights = (
+            self.tokens_to_add_to(topk_ids, tokens),
+            self.sorted_weights(topk_weights, order),
+        )
         for e in self.visited:
             start, end = self.bounds(counts, e)
             y = self.mlps[e](self.rows(x, tokens[start:end], out))
@@ -128,11 +131,11 @@ class OneTwice(Offsets):
 
 
 class TwoSorts(Offsets):
-    """The third expert adds to tokens that would have chosen others."""
+    """The third expert adds to tokens in the order of another sort of the same ids, which may break ties otherwise."""
 
-    def tokens_to_add_to(self, x, tokens):
-        others = torch.topk(self.gate(x), self.k, largest=False).indices
-        return [tokens, tokens, self.token(others.flatten().argsort()), tokens]
+    def tokens_to_add_to(self, topk_ids, tokens):
+        other = self.token(topk_ids.flatten().argsort(stable=True))
+        return [tokens, tokens, other, tokens]
 
 
 class OneRowEarly(Offsets):

@@ -4,7 +4,7 @@
     chosen = torch.gather(ys, 1, topk_ids[..., None].expand(-1, -1, H))
     out = (chosen * topk_weights[..., None]).sum(dim=1)
 
-In the normal form that is a sum over all experts, weighted by scores that are zero for most (``region/picked.py``).
+In the normal form (``region/picked_experts.py``) that is a sum over all experts, with scores that are zero for most.
 """
 
 import torch

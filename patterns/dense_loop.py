@@ -71,6 +71,21 @@ class InPlace(DenseLoop):
         return out
 
 
+class InFloat(InPlace):
+    """Scores and the sum in fp32, whatever the experts compute in."""
+
+    def scores(self, topk_ids, topk_weights):
+        wide = torch.promote_types(topk_weights.dtype, torch.float32)
+        return super().scores(topk_ids, topk_weights.to(wide))
+
+    def experts(self, x, topk_ids, topk_weights):
+        scores = self.scores(topk_ids, topk_weights)
+        out = torch.zeros_like(x, dtype=scores.dtype)
+        for e, expert in enumerate(self.mlps):
+            out += expert(x) * scores[:, e : e + 1]
+        return out.to(x.dtype)
+
+
 class Stacked(InPlace):
     def experts(self, x, topk_ids, topk_weights):
         scores = self.scores(topk_ids, topk_weights)
@@ -294,6 +309,7 @@ DENSE_LOOP = ExpertsSpelling(
     samples=(
         Sample(name="columns", build=DenseLoop),
         Sample(name="in_place", build=InPlace, brief=True),
+        Sample(name="scores_in_fp32", build=InFloat, brief=True),
         Sample(name="stacked_results", build=Stacked),
         Sample(name="summed", build=Summed, brief=True),
         Sample(name="chosen_scores", build=ChosenScores, brief=True),

@@ -108,6 +108,16 @@ class Compare(Loop):
         return out
 
 
+class AllAlike(Compare):
+    """Hash layers and BASE layers: one expert for each token, which weighs one."""
+
+    k = 1
+
+    def route(self, logits):
+        topk_ids = logits.topk(1, dim=-1)[1]
+        return torch.ones(len(logits), 1, dtype=logits.dtype), topk_ids
+
+
 class InModules(Loop):
     """Experts in a ModuleList, each with its own three weights."""
 
@@ -432,15 +442,6 @@ class AddedToShared(StartsFromShared):
         return out
 
 
-class CopiedFirst(StartsFromShared):
-    """The sum starts from a fresh tensor that is written to between the router and the experts."""
-
-    def start(self, x):
-        out = torch.empty_like(x)
-        out.copy_(self.shared(x))
-        return out
-
-
 class ReadBefore(StartsFromShared):
     """What the sum starts from is read before."""
 
@@ -638,6 +639,7 @@ EXPERT_LOOP = ExpertsSpelling(
         Sample(name="flat", build=Flat),
         Sample(name="scattered", build=Scattered),
         Sample(name="sum_in_float", build=SumInFloat, dtypes=(torch.bfloat16,)),
+        Sample(name="all_alike", build=AllAlike),
         Sample(name="chooses_twice", build=ChoosesTwice, brief=True),
         Sample(name="compares_scores", build=ComparesScores, brief=True),
         Sample(name="no_grad_weights", build=NoGradWeights, brief=True),
@@ -682,7 +684,6 @@ EXPERT_LOOP = ExpertsSpelling(
         NearMiss(name="reads_its_base", build=ReadsItsBase, code="INPUTS_DIFFER"),
         NearMiss(name="scaled_between", build=ScaledBetween, code="ACCUMULATOR"),
         NearMiss(name="known_twice", build=KnownTwice, code="ACCUMULATOR"),
-        NearMiss(name="copied_first", build=CopiedFirst, code="ACCUMULATOR"),
         NearMiss(name="adds_a_constant", build=AddsBias, code="ACCUMULATOR"),
         NearMiss(name="index_add_alpha", build=AddsTwice, code="SPELLING"),
         NearMiss(name="no_grad_inside", build=NoGradExpert, code="GRAD_STATE"),

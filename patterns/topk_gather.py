@@ -141,6 +141,37 @@ class Capped(Corrected):
         return (torch.tanh(logits.float() / 3.0) * 3.0).sigmoid()
 
 
+class DeepseekOwn(DeepseekV3):
+    """deepseek-ai/DeepSeek-V3, inference/model.py: groups stay a dimension until experts are compared."""
+
+    def limit(self, choice):
+        grouped = choice.view(choice.shape[0], 2, -1)
+        best = grouped.topk(2, dim=-1)[0].sum(dim=-1).topk(1, dim=-1)[1]
+        return self.keep(grouped, best).flatten(1)
+
+    def keep(self, grouped, best):
+        dropped = grouped.new_ones(grouped.shape[:2], dtype=torch.bool).scatter_(1, best, False)
+        return grouped.masked_fill_(dropped.unsqueeze(-1), float("-inf"))
+
+
+class DeepseekOwnFirst(DeepseekOwn):
+    """Its first version: the scores of dropped groups are multiplied with zero."""
+
+    def keep(self, grouped, best):
+        kept = torch.zeros_like(grouped[..., 0]).scatter_(1, best, True)
+        return grouped * kept.unsqueeze(-1)
+
+
+class Indexed(Corrected):
+    def pick(self, scores, topk_ids):
+        return scores[torch.arange(len(scores))[:, None], topk_ids]
+
+
+class Along(Corrected):
+    def pick(self, scores, topk_ids):
+        return torch.take_along_dim(scores, topk_ids, dim=-1)
+
+
 # -- near misses: one part each ---------------------------------------------------------------------------------------
 
 
@@ -164,6 +195,41 @@ class NextExpert(DeepseekV3):
 class OtherRows(DeepseekV3):
     def pick(self, scores, topk_ids):
         return scores.flip(0).gather(1, topk_ids)
+
+
+class RowBefore(Indexed):
+    """The scores of the token before."""
+
+    def pick(self, scores, topk_ids):
+        return scores[torch.arange(-1, len(scores) - 1)[:, None], topk_ids]
+
+
+class HalfIds(Corrected):
+    """Experts share the scores of the first two."""
+
+    def pick(self, scores, topk_ids):
+        return scores.gather(1, topk_ids % 2)
+
+
+class NextIndexed(Indexed):
+    def pick(self, scores, topk_ids):
+        return super().pick(scores, (topk_ids + 1) % 4)
+
+
+class GroupsDoubled(DeepseekOwnFirst):
+    """The scores of kept groups count twice."""
+
+    def keep(self, grouped, best):
+        kept = torch.zeros_like(grouped[..., 0]).scatter_(1, best, 2.0)
+        return grouped * kept.unsqueeze(-1)
+
+
+class GroupsDropped(DeepseekOwn):
+    """The best group is the one that is dropped."""
+
+    def keep(self, grouped, best):
+        dropped = torch.zeros(grouped.shape[:2], dtype=torch.bool).scatter_(1, best, True)
+        return grouped.masked_fill(dropped.unsqueeze(-1), -9.0)
 
 
 class BiasPerToken(Corrected):
@@ -331,6 +397,10 @@ TOPK_GATHER = RouterSpelling(
         Sample(name="model_dtype", build=ModelDtype, brief=True),
         Sample(name="sigmoid_of_chosen", build=SigmoidOfChosen, brief=True),
         Sample(name="capped", build=Capped, brief=True),
+        Sample(name="deepseek_own", build=DeepseekOwn),
+        Sample(name="deepseek_own_first", build=DeepseekOwnFirst),
+        Sample(name="indexed", build=Indexed),
+        Sample(name="along", build=Along),
     ),
     near_misses=tuple(
         NearMiss(name=name, build=build, code="ROUTER")
@@ -339,6 +409,11 @@ TOPK_GATHER = RouterSpelling(
             "biased_weights": BiasedWeights,
             "next_expert": NextExpert,
             "other_rows": OtherRows,
+            "row_before": RowBefore,
+            "half_ids": HalfIds,
+            "next_indexed": NextIndexed,
+            "groups_doubled": GroupsDoubled,
+            "groups_dropped": GroupsDropped,
             "bias_per_token": BiasPerToken,
             "bias_twice": BiasTwice,
             "bias_times_two": BiasTimesTwo,

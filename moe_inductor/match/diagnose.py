@@ -21,7 +21,7 @@ from moe_inductor.region.nodes import (
 )
 from moe_inductor.region.pairs import PAIR_LINEAR
 from moe_inductor.region.scaled import follows_a_projection, is_column
-from moe_inductor.region.thresholds import kept_by_threshold
+from moe_inductor.region.thresholds import beyond_threshold, kept_by_threshold
 
 aten = torch.ops.aten
 
@@ -57,6 +57,7 @@ def diagnose(canonical: Canonical) -> Refusal | None:
     region = canonical.region
     return (
         kept_by_threshold(region.nodes)
+        or beyond_threshold(region.nodes)
         or _norm(region)
         or _buffer(canonical.graph)
         or _bias_not_scaled(canonical.graph)

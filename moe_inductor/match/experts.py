@@ -318,7 +318,8 @@ def _shapes(canonical: Canonical, anchor: str) -> Iterator[Shapes]:
         devices.setdefault(found.device)
         if found.dtype.is_floating_point:
             floats.setdefault(found.dtype)
-            if _op_name(node) == anchor:  # a GEMM: its dtype is that of the rows
+            # A GEMM: its dtype is that of the rows.  A scatter has that of the routing weights.
+            if _op_name(node) == anchor and node.target is not torch.ops.aten.scatter.src:
                 anchored.setdefault(found.dtype)
         elif found.dtype in (torch.int32, torch.int64) and found.dim() == 2:
             # Only the ids have two dimensions of integers; a symbolic T is never 1.

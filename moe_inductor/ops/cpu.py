@@ -53,12 +53,18 @@ _Group = tuple[int, int, int]
 
 
 def topk_routing(*args: Any, **facts: Any) -> tuple[Tensor, Tensor]:
-    """See ``moe_inductor.ops.topk_routing``.  The ATen calls that the models make, so the same ids."""
+    """See ``moe_inductor.ops.topk_routing``.  The ATen calls that the models make, so the same ids; for k = 1 those
+    that promise which of equal values they give."""
     call = Routing(*args, **facts)
     check_routing(call)
     compute = call.compute_dtype
     choice = scores_for_choice(call)
-    values, ids = torch.topk(choice, call.k, dim=-1)
+    if call.k == 1:
+        values, ids = choice.max(
+            dim=-1, keepdim=True
+        )  # of equal values the first, as argmax has it
+    else:
+        values, ids = torch.topk(choice, call.k, dim=-1)
     if call.compares_logits and call.score == call.weight and choice.dtype == compute:
         weights = values
     else:

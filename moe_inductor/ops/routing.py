@@ -49,7 +49,8 @@ def topk_routing(
         weights = scale * u / max(sum(u) + epsilon, minimum)             if renormalise, else scale * u
 
     Computed in fp32 (fp64 for fp64 logits), sorted by falling choice, ties as ``torch.topk`` breaks them on
-    that device.  A row with NaN gives k distinct ids in 0..E-1; other rows do not notice.
+    that device; for k = 1 the lowest id, as in ``torch.max`` and ``torch.argmax``.  A row with NaN gives k distinct
+    ids in 0..E-1; other rows do not notice.
 
     Args:
         router_logits: [T, E], fp16, bf16, fp32 or fp64, any strides.

@@ -447,8 +447,8 @@ def _one_autocast(region: Region, states: dict[fx.Node, State]) -> bool:
 
 
 def _no_foreign_mutation(region: Region) -> set[fx.Node]:
-    """Nothing outside changes what the region reads while it runs, and the region changes only what it made, or adds
-    rows to what was there.
+    """Nothing outside changes what the region is still to read, and the region changes only what it made, or adds rows
+    to what was there.
 
     What follows the experts is left to the model where it does otherwise: a block that writes its result into a tensor
     that two blocks share, say.  Returns what was left.
@@ -459,6 +459,22 @@ def _no_foreign_mutation(region: Region) -> set[fx.Node]:
         if not region.give_up(touching):
             raise refusal
     return before.difference(region.nodes)
+
+
+def _last_reads(region: Region) -> tuple[set[int], dict[int, int]]:
+    """Storages that the region only reads, and where in the graph each is read last.  From there on others may change
+    them, as a router's bias is moved by how often experts were chosen; who reads them later than the model did asks
+    ``Rewriter.unchanged``."""
+    held = {s for node in region.inputs for s in storages(node)}
+    held -= {s for node in region.read_by_others for s in storages(node)}
+    last: dict[int, int] = {}
+    members = set(region.nodes)
+    for position, node in enumerate(region.graph.nodes):
+        if node in members:
+            held -= {s for target in mutated(node) for s in storages(target)}
+            for storage in {s for n in (node, *node.all_input_nodes) for s in storages(n)}:
+                last[storage] = position
+    return held, last
 
 
 def _foreign_mutation(region: Region) -> tuple[list[fx.Node], Refusal] | None:
@@ -472,9 +488,10 @@ def _foreign_mutation(region: Region) -> tuple[list[fx.Node], Refusal] | None:
     for node in region.inputs:
         known |= storages(node) & read
         read |= storages(node)
+    held, last = _last_reads(region)
     inside = False
     pending = len(region.nodes)
-    for node in region.graph.nodes:
+    for position, node in enumerate(region.graph.nodes):
         if node in members:
             inside, pending = True, pending - 1
         if not (inside and pending):
@@ -483,7 +500,10 @@ def _foreign_mutation(region: Region) -> tuple[list[fx.Node], Refusal] | None:
             if node in members and storages(target) & (known if name_of(node) in _ADDS else read):
                 words = f"`{name_of(node)}` changes an input of the block"
                 return [node], Refusal(Code.MUTATION, words, location(node))
-            if node not in members and (shared := storages(target) & (read | made)):
+            shared = {
+                s for s in storages(target) & (read | made) if s not in held or last[s] > position
+            }
+            if node not in members and shared:
                 words = f"`{name_of(node)}` changes a tensor of the block in the middle of it"
                 touching = [
                     n

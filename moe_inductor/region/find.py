@@ -132,7 +132,7 @@ def find_regions(graph: fx.Graph) -> list[Region]:
             continue
         root = _root_of(node, order, writers)
         # Rows of unknown number are nothing special by themselves: somebody must have chosen experts.
-        if root is not None and not (root.op == "placeholder" and _multiplies_some_rows(node)):
+        if root is not None and not (root.op == "placeholder" and multiplies_some_rows(node)):
             by_root.setdefault(root, []).append(node)
     experts: dict[fx.Node, set[fx.Node]] = {}
     roots, with_slots = set(by_root), set()
@@ -204,7 +204,7 @@ def _is_anchor(node: fx.Node) -> bool:
         return True
     if name in _BATCHED_GEMMS and any(map(_is_gathered_weight, node.all_input_nodes)):
         return True
-    if _multiplies_some_rows(node):
+    if multiplies_some_rows(node):
         return True
     return is_tensor(node) and has_unbacked(node) and _selects_rows(node)
 
@@ -214,7 +214,7 @@ def products_of(region: Region) -> list[fx.Node]:
     return [n for n in region.nodes if _is_anchor(n) and name_of(n) in _GEMMS]
 
 
-def _multiplies_some_rows(node: fx.Node) -> bool:
+def multiplies_some_rows(node: fx.Node) -> bool:
     """A product of rows whose number depends on the data: ``linear(tokens.split(counts)[e], weight[e])``."""
     return (
         name_of(node) in _GEMMS
@@ -253,10 +253,10 @@ def _is_product(node: fx.Node) -> bool:
 
 def _selects_rows(node: fx.Node) -> bool:
     """``hidden_states[token_idx]`` with a data-dependent ``token_idx``."""
-    return bool(_chosen_rows(node))
+    return bool(chosen_rows(node))
 
 
-def _chosen_rows(node: fx.Node) -> list[fx.Node]:
+def chosen_rows(node: fx.Node) -> list[fx.Node]:
     """The data-dependent index by which ``node`` selects rows, if it does."""
     if name_of(node) not in _GATHERS:
         return []
@@ -270,7 +270,7 @@ def _is_root(node: fx.Node) -> bool:
         return is_integral(node) and value(node).dim() >= 1
     if name in ("topk", "multinomial") or _is_lookup(node):
         return True
-    if name in ("argmax", "sort", "argsort", "max"):
+    if name in ("argmax", "argmin", "sort", "argsort", "max"):
         return bool(node.all_input_nodes) and any(
             t.dtype.is_floating_point for t in tensors(node.all_input_nodes[0])
         )
@@ -303,7 +303,7 @@ def _root_of(
         if _is_root(node):
             return node
         before = [w for s in storages(node) for w in writers.get(s, ()) if order[w] < order[anchor]]
-        for arg in (*(_chosen_rows(node) or node.all_input_nodes), *before):
+        for arg in (*(chosen_rows(node) or node.all_input_nodes), *before):
             if arg not in seen:
                 seen.add(arg)
                 heapq.heappush(heap, (-order[arg], arg.name, arg))
@@ -428,7 +428,8 @@ class _Reach:
                 False  # a counter that the model keeps: it stays where it is and reads the region
             )
         if name_of(node) in _GATHERS:
-            return self._inside(inputs[0]) or all(map(self._inside, inputs[1:]))
+            source, *index = inputs
+            return self._inside(source) or all(self._inside(a) or _is_made_here(a) for a in index)
         return all(
             self._inside(a) or _is_source(a) or self._is_weight(a) or not list(tensors(a))
             for a in inputs
@@ -529,7 +530,11 @@ def mutated_by(node: fx.Node) -> list[fx.Node]:
 
 def _add_operands(members: set[fx.Node]) -> None:
     """Views, casts and fresh tensors that only prepare an operand come along, so that the canonical form sees
-    them: ``weight.transpose(-2, -1)``, ``hidden_states.view(-1, H)``, ``torch.zeros_like(hidden_states)``."""
+    them: ``weight.transpose(-2, -1)``, ``hidden_states.view(-1, H)``, ``torch.zeros_like(hidden_states)``.  A fresh
+    tensor that others write to, as an earlier layer does to its sum, is an input."""
+    graph = next(iter(members)).graph
+    writers = (n for n in graph.nodes if n not in members)
+    written = {s for n in writers for target in mutated(n) for s in storages(target)}
     todo = [a for n in members for a in n.all_input_nodes if a not in members]
     while todo:
         node = todo.pop()
@@ -539,6 +544,8 @@ def _add_operands(members: set[fx.Node]) -> None:
         if name == "getitem" and not all(_is_made_here(a) for a in node.all_input_nodes[1:]):
             continue  # rows picked by something computed: that is a tensor of its own
         if name == "getitem" and not _is_splittable(node.all_input_nodes[0]):
+            continue
+        if name in _CONSTRUCTORS and storages(node) & written:
             continue
         if name in _VIEWS or name in _CONSTRUCTORS or node.target is operator.getitem:
             members.add(node)

@@ -28,6 +28,7 @@ from moe_inductor.region.nodes import has_unbacked, mutated, name_of, node_arg, 
 
 # The statements that add one expert's rows to the sum.
 _STEPS = frozenset({"index_add_", "index_add", "setitem", "index_put_", "index_put"})
+_CUTS = frozenset({"split", "split_with_sizes", "tensor_split"})
 # With fewer passes there is nothing to gain.
 _FEWEST = 4
 KEPT = 2  # of a run
@@ -128,7 +129,7 @@ def _one_sum(steps: list[fx.Node]) -> bool:
 def _is_cut_off(node: fx.Node) -> bool:
     """An expert's part of sorted rows: what the experts do is only seen when all parts are put together again."""
     pack = node.all_input_nodes[0] if name_of(node) == "getitem" else None
-    return pack is not None and isinstance(value(pack), (tuple, list)) and has_unbacked(pack)
+    return pack is not None and name_of(pack) in _CUTS and has_unbacked(pack)
 
 
 def _passes(

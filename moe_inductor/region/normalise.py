@@ -409,6 +409,7 @@ def _fill(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         position = 2 if node.target is aten.new_full.default else 1
         fill = args[position] if len(args) > position else kwargs.get("fill_value", 0)
         fill = 0 if fill == 0 else fill
+    fill = bool(fill) if made.dtype == torch.bool else fill
     kept = {"dtype": made.dtype, "device": made.device}
     return out.emit(
         aten.full.default, (out.sizes(made), fill), kept, made, node.meta.get("stack_trace")
@@ -778,10 +779,12 @@ def _key(item: Any) -> Any:
 # They register their rules, with what stands above.
 from moe_inductor.region import columns as _columns  # noqa: E402, F401
 from moe_inductor.region import einsums as _einsums  # noqa: E402, F401
+from moe_inductor.region import groups as _groups  # noqa: E402, F401
 from moe_inductor.region import maps as _maps  # noqa: E402, F401
 from moe_inductor.region import one_batch as _one_batch  # noqa: E402
 from moe_inductor.region import pair_rows as _pair_rows  # noqa: E402, F401
 from moe_inductor.region import picked as _picked  # noqa: E402, F401
+from moe_inductor.region import picked_experts as _picked_experts  # noqa: E402, F401
 from moe_inductor.region import rows as _rows  # noqa: E402, F401
 from moe_inductor.region import scaled as _scaled  # noqa: E402, F401
 from moe_inductor.region import slot_pairs as _slot_pairs  # noqa: E402, F401

@@ -98,6 +98,7 @@ def _part_of_full(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> fx.
 
 def _full(out: Emitter, node: fx.Node, fill: object) -> fx.Node:
     made = value(node)
+    fill = bool(fill) if made.dtype == torch.bool else fill
     kept = {"dtype": made.dtype, "device": made.device}
     return out.emit(
         aten.full.default, (out.sizes(made), fill), kept, made, node.meta.get("stack_trace")

@@ -2,6 +2,8 @@
 
 scores.masked_fill(scores < topk(scores).values[..., -1:], -inf)     where scores tie, more than k experts are kept
 topk(scores.T, capacity)                                             experts choose tokens: a token may have none
+for e in range(E): x[torch.where(scores[:, e] > 0.5)]                any number of experts, or none
+sort(scores).values.cumsum(-1) < 0.9                                 the same, by their sum (top-p)
 """
 
 from __future__ import annotations
@@ -12,9 +14,10 @@ from typing import Any
 from torch import fx
 
 from moe_inductor.reasons import Code, Refusal
-from moe_inductor.region.find import viewed
+from moe_inductor.region.find import chosen_rows, multiplies_some_rows, viewed
 from moe_inductor.region.nodes import (
     BATCHED_PRODUCTS,
+    is_floating,
     is_integral,
     is_tensor,
     location,
@@ -40,7 +43,73 @@ _PICKS = frozenset(
 )
 _TURNS = frozenset({"t", "T", "mT", "numpy_T", "transpose", "permute", "movedim", "swapaxes"})
 _SAME = frozenset({"contiguous", "clone", "float", "to", "type", "softmax", "sigmoid"})
+_PRODUCTS = BATCHED_PRODUCTS | {"linear", "mm", "addmm"}
 _GATHERS = frozenset({"getitem", "index_select", "gather", "embedding"})
+
+
+# What makes k experts of scores.
+_CHOOSES = frozenset({"topk", "argmax", "argsort", "kthvalue", "one_hot", "max", "multinomial"})
+# Scores are this many operators at most from where they are compared.
+_LIMIT = 64
+
+
+def beyond_threshold(nodes: Iterable[fx.Node]) -> Refusal | None:
+    """Rows that several products read, each where scores are beyond what they are compared with."""
+    reads: dict[fx.Node, set[fx.Node]] = {}
+    for node in nodes:
+        if not multiplies_some_rows(node):
+            continue
+        rows = node.all_input_nodes[0]
+        while not chosen_rows(rows) and name_of(rows) in _SAME and rows.all_input_nodes:
+            rows = rows.all_input_nodes[0]
+        for index in chosen_rows(rows):
+            for compared in _comparisons(index):
+                reads.setdefault(compared, set()).add(index)
+    by_scores: dict[fx.Node, set[fx.Node]] = {}
+    for compared, indices in reads.items():
+        scores = next(a for a in compared.all_input_nodes if is_floating(a))
+        by_scores.setdefault(viewed(scores), set()).update(indices)
+        if len(by_scores[viewed(scores)]) < 2:
+            continue
+        names = [name_of(n) for n in _made_of(scores)]
+        if "cumsum" in names and "sort" in names:
+            words = "experts are chosen until their scores add up to a threshold (top-p)"
+        elif _CHOOSES.isdisjoint(names):
+            words = "experts are chosen by comparing scores with a threshold"
+        else:
+            continue
+        words += ": a token may have any number of experts"
+        return Refusal(Code.SPELLING, words, location(compared))
+    return None
+
+
+def _comparisons(index: fx.Node) -> list[fx.Node]:
+    """Of scores, among what the mask is made of at which ``index`` is."""
+    found: list[fx.Node] = []
+    seen = {index}
+    todo = [index]
+    while todo:
+        node = todo.pop()
+        if name_of(node) in _COMPARISONS and any(map(is_floating, node.all_input_nodes)):
+            found.append(node)
+            continue
+        inputs = [a for a in node.all_input_nodes if a not in seen and not is_floating(a)]
+        seen.update(inputs)
+        todo += inputs
+    return found
+
+
+def _made_of(scores: fx.Node) -> list[fx.Node]:
+    """What leads from the last product to ``scores``."""
+    found: list[fx.Node] = []
+    todo = [scores]
+    while todo and len(found) < _LIMIT:
+        node = todo.pop()
+        if node in found or not node.op.startswith("call") or name_of(node) in _PRODUCTS:
+            continue
+        found.append(node)
+        todo += node.all_input_nodes
+    return found
 
 
 def kept_by_threshold(nodes: Iterable[fx.Node]) -> Refusal | None:
@@ -75,11 +144,29 @@ def chosen_by_experts(graph: fx.Graph, roots: Collection[fx.Node] = ()) -> Refus
         if name_of(node) != "topk" or not node.all_input_nodes or node in roots:
             continue
         experts = choosers(node)
-        reads = sum(1 for _ in _read_by(node)) if experts is not None else 0
-        if reads and (reads == experts or any(_stacks(n, experts) for n in graph.nodes)):
+        reads = list(_read_by(node)) if experts is not None else []
+        if reads and (
+            len(reads) == experts
+            or any(map(_sends, reads))
+            or any(_stacks(n, experts) for n in graph.nodes)
+        ):
             words = "experts choose their tokens (a top-k over tokens): a token may have any number of experts, or none"
             return Refusal(Code.SPELLING, words, location(node))
     return None
+
+
+def _sends(mask: fx.Node) -> bool:
+    """A one-hot mask that is multiplied with the tokens."""
+    if name_of(mask) != "one_hot":
+        return False
+    return any(
+        name_of(user) in BATCHED_PRODUCTS or (name_of(user) in _SAME and _multiplied(user))
+        for user in mask.users
+    )
+
+
+def _multiplied(node: fx.Node) -> bool:
+    return any(name_of(user) in BATCHED_PRODUCTS for user in node.users)
 
 
 def _stacks(node: fx.Node, experts: int | None) -> bool:

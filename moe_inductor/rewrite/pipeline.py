@@ -38,7 +38,13 @@ from moe_inductor.region.find import (
     router_only,
 )
 from moe_inductor.region.nodes import location, name_of, value
-from moe_inductor.region.thresholds import choosers, chosen_by_experts, kept_by_threshold
+from moe_inductor.region.soft import soft_moe
+from moe_inductor.region.thresholds import (
+    beyond_threshold,
+    choosers,
+    chosen_by_experts,
+    kept_by_threshold,
+)
 from moe_inductor.rewrite.experts import ExpertsRewriter
 from moe_inductor.rewrite.router import RouterRewriter
 from moe_inductor.rewrite.support import check_support
@@ -77,6 +83,8 @@ def fuse_moe_blocks(
             regions = [r for r in find_regions(module.graph) if not _is_chosen(r)]
         if (chosen := chosen_by_experts(module.graph, [r.root for r in regions])) is not None:
             report.blocks.append(_refused(chosen.reason))
+        elif (named := _without_choice(module.graph, regions)) is not None:
+            report.blocks.append(_refused(named.reason))
         elif not regions and not looks_like_moe(module.graph):
             router = router_only(module.graph)
             dense = dense_only(module.graph) if router is None else None
@@ -100,6 +108,13 @@ def fuse_moe_blocks(
             module.recompile()
     left = assumed.unaccounted([m.graph for m in modules])
     return {assumption: assumed.refused.get(assumption) for assumption in left}
+
+
+def _without_choice(graph: fx.Graph, regions: Sequence[Region]) -> Refusal | None:
+    """Experts outside of the ``regions``, of which no number is chosen for each token."""
+    known = {n for region in regions for n in region.nodes}
+    nodes = [n for n in graph.nodes if n not in known]
+    return beyond_threshold(nodes) or soft_moe(nodes)
 
 
 def _join_ways(

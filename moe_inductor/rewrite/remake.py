@@ -58,6 +58,9 @@ class Remake:
             self._at_hand[node] = found
             self.read.append(found)
             return
+        if (constant := self._constant(node)) is not None:
+            self.plan(constant)
+            return
         where = self.canonical.source_of(node)
         if self.canonical.dynamo_of.get(node):
             raise Refusal(
@@ -81,11 +84,18 @@ class Remake:
         """The Dynamo node that is worth ``node``, made where ``graph`` inserts if the model has none."""
         if node in self._at_hand:
             return self._at_hand[node]
+        if (constant := self._constant(node)) is not None:
+            held = self._at_hand[constant]
+            made = graph.call_method(*_reshape(node, constant, held))
+            finish(made, held)
+            self._at_hand[node] = made
+            return made
         args, kwargs = fx.map_arg(
             (node.args, dict(node.kwargs)), lambda a: self.emit(graph, a, finish)
         )
         if node.target is aten.view.default:
-            made = graph.call_method(*_reshape(node, self._at_hand[node_arg(node, 0)]))
+            base = node_arg(node, 0)
+            made = graph.call_method(*_reshape(node, base, self._at_hand[base]))
         else:
             assert callable(node.target)
             made = graph.call_function(node.target, tuple(args), kwargs)
@@ -93,14 +103,32 @@ class Remake:
         self._at_hand[node] = made
         return made
 
+    def _constant(self, node: fx.Node) -> fx.Node | None:
+        """A tensor of one number that the model holds and that ``node``, whose size is symbolic, is a view of."""
+        if node.target is not aten.full.default or _sizes(node) is not None:
+            return None
+        made = value(node)
+        return next(
+            (
+                n
+                for n in self.canonical.graph.nodes
+                if n.target is node.target
+                and n.args[1:] == node.args[1:]
+                and n.kwargs == node.kwargs
+                and (_is_column(value(n), made) or _is_column(made, value(n)))
+                and self.holder(n) is not None
+            ),
+            None,
+        )
 
-def _reshape(node: fx.Node, base: fx.Node) -> tuple[str, tuple[Any, ...]]:
-    """A method and its arguments."""
-    if _is_column(value(node), value(node_arg(node, 0))):
-        return "unsqueeze", (base, -1)
-    if _is_column(value(node_arg(node, 0)), value(node)):
-        return "squeeze", (base, -1)
-    return "reshape", (base, _sizes(node))
+
+def _reshape(node: fx.Node, base: fx.Node, held: fx.Node) -> tuple[str, tuple[Any, ...]]:
+    """A method and its arguments that make ``node`` of ``base``, which ``held`` holds."""
+    if _is_column(value(node), value(base)):
+        return "unsqueeze", (held, -1)
+    if _is_column(value(base), value(node)):
+        return "squeeze", (held, -1)
+    return "reshape", (held, _sizes(node))
 
 
 def _is_column(a: torch.Tensor, b: torch.Tensor) -> bool:

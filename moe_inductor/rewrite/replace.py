@@ -34,6 +34,18 @@ class Rewriter:
             for target in mutated(node):
                 for storage in storages(target):
                     self.writes.setdefault(storage, []).append(node)
+        # Where others first write to a tensor, once the region has begun.
+        self.foreign: dict[int, int] = {}
+        members, begun = set(region.nodes), False
+        for node, position in self.order.items():
+            begun |= node in members
+            for target in mutated(node) if begun and node not in members else ():
+                for storage in storages(target):
+                    self.foreign.setdefault(storage, position)
+
+    def unchanged(self, holder: fx.Node, position: int) -> bool:
+        """Is ``holder`` still what the region read when all up to ``position`` has run?"""
+        return all(self.foreign.get(s, position + 1) > position for s in storages(holder))
 
     def holders(self, node: fx.Node) -> list[fx.Node]:
         """Dynamo nodes that are worth ``node`` once the region has run, earliest first."""
@@ -57,7 +69,14 @@ class Rewriter:
         return found
 
     def _holder(self, node: fx.Node, position: int) -> fx.Node | None:
-        return next((h for h in self.holders(node) if self.ready(h) <= position), None)
+        return next(
+            (
+                h
+                for h in self.holders(node)
+                if self.ready(h) <= position and self.unchanged(h, position)
+            ),
+            None,
+        )
 
     def _takes_over(
         self, holders: list[fx.Node], position: int, onto: fx.Node | None = None

@@ -59,6 +59,14 @@ def test_ties_are_broken_as_eager_breaks_them():
     assert torch.equal(ids, reference_routing(logits, 3, True)[1])
 
 
+def test_of_ties_the_first_is_the_one_expert():
+    """torch.max and torch.argmax promise it, torch.topk nothing."""
+    logits = torch.zeros(6, 8)
+    logits[:, 4:] = 1.0
+    _, ids = ops.topk_routing(logits, 1, True, torch.float32)
+    assert torch.equal(ids, logits.argmax(dim=-1, keepdim=True))
+
+
 def test_strides():
     logits = torch.randn(10, 40)
     for view in (logits[:, 3:19], logits[::2], logits[:, :16].t(), logits[:1, :16].expand(5, -1)):

@@ -146,13 +146,171 @@ class ChosenInALoop(_blocks.Block):
         return out
 
 
-@pytest.mark.parametrize("block", [Chosen, ChosenByMasks, ChosenInALoop])
+class ChosenInModules(ChosenByMasks):
+    def __init__(self):
+        super().__init__()
+        self.mlps = torch.nn.ModuleList(_blocks.MLP() for _ in range(NUM_EXPERTS))
+
+    def forward(self, x):
+        weights, tokens = torch.topk(F.softmax(self.gate(x), dim=-1).T, 4, dim=-1)
+        rows = self.rows(x, tokens)
+        y = torch.stack([mlp(rows[e]) for e, mlp in enumerate(self.mlps)])
+        return self.put_back(x, tokens, y * weights[..., None])
+
+
+@pytest.mark.parametrize("block", [Chosen, ChosenByMasks, ChosenInALoop, ChosenInModules])
 def test_experts_that_choose_tokens_are_named(rewritten, block):
     compiled = rewritten(block())
     x = torch.randn(T, 32)
     assert torch.equal(compiled(x), compiled.run(x))
     (found,) = compiled.blocks
     assert "experts choose their tokens" in found.reason.message
+    assert found.reason.location.startswith("test_reasons.py:")
+
+
+class AboveAHalf(expert_loop.Loop):
+    """Every expert that scores above a half."""
+
+    def kept(self, logits):
+        scores = logits.sigmoid()
+        return scores, scores > 0.5
+
+    def forward(self, x):
+        scores, kept = self.kept(self.gate(x))
+        out = torch.zeros_like(x)
+        for e in range(NUM_EXPERTS):
+            (token,) = torch.where(kept[:, e])
+            out.index_add_(0, token, self.expert(e, x[token]) * scores[token, e, None])
+        return out
+
+
+class Positive(AboveAHalf):
+    """ReMoE: scores are rectified, and the experts run whose scores are left."""
+
+    def forward(self, x):
+        scores = F.relu(self.gate(x))
+        out = torch.zeros_like(x)
+        for e in range(NUM_EXPERTS):
+            (token,) = torch.where(scores[:, e] > 0)
+            out.index_add_(0, token, self.expert(e, x[token]) * scores[token, e, None])
+        return out
+
+
+class TopP(AboveAHalf):
+    def kept(self, logits):
+        scores = F.softmax(logits, dim=-1)
+        best, order = scores.sort(dim=-1, descending=True)
+        kept = best.cumsum(-1) - best < 0.5
+        return scores, torch.zeros_like(kept).scatter(1, order, kept)
+
+
+@pytest.mark.parametrize("block", [AboveAHalf, Positive, TopP])
+def test_a_threshold_is_named(rewritten, block):
+    module = block()
+    compiled = rewritten(module)
+    x = torch.randn(T, 32)
+    torch.testing.assert_close(compiled(x), module(x))
+    told = [found.reason.message for found in compiled.blocks]
+    assert told
+    assert all("a token may have any number of experts" in words for words in told)
+    assert all(("top-p" in words) == (block is TopP) for words in told)
+
+
+class AboveAHalfBesideOthers(AboveAHalf):
+    """A block of the usual kind behind it, in the same graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.usual = hf_batched_mm.Batched()
+
+    def forward(self, x):
+        return self.usual(super().forward(x))
+
+
+def test_a_threshold_is_named_beside_others(rewritten):
+    compiled = rewritten(AboveAHalfBesideOthers())
+    compiled(torch.randn(T, 32))
+    (other, usual) = compiled.blocks
+    assert "comparing scores with a threshold" in other.reason.message
+    assert usual.fused, "what it reads was written to before it, by others"
+
+
+class Exits(torch.nn.Module):
+    """Tokens that are not sure go on: one product of rows above a threshold chooses no experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up = torch.nn.Linear(32, 1), torch.nn.Linear(32, 32)
+
+    def forward(self, x):
+        (token,) = torch.where(self.gate(x)[:, 0] > 0)
+        return x.index_add(0, token, self.up(x[token]))
+
+
+class Boxes(torch.nn.Module):
+    """A detector: for each class the boxes that score, and nothing is multiplied with them."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up = torch.nn.Linear(32, 4), torch.nn.Linear(32, 32)
+
+    def forward(self, x):
+        scores, boxes = self.gate(x), self.up(x)
+        return [boxes[torch.where(scores[:, c] > 0)[0]] for c in range(4)]
+
+
+class BothWays(torch.nn.Module):
+    """Attention in two directions: one product of scores after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = torch.nn.Linear(32, 32)
+
+    def forward(self, x):
+        scores = x @ self.up(x).T
+        return scores.softmax(-1) @ (scores.T.softmax(-1) @ self.up(x))
+
+
+@pytest.mark.parametrize("module", [Exits, Boxes, BothWays])
+def test_no_experts_are_seen_where_there_are_none(rewritten, module):
+    compiled = rewritten(module())
+    compiled(torch.randn(T, 32))
+    assert not compiled.blocks
+
+
+class SoftMoE(_blocks.Block):
+    """Two slots for each expert; tokens are normalised for slots, and slots for tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.slots = torch.nn.Parameter(torch.randn(HIDDEN, NUM_EXPERTS, 2))
+
+    def run(self, rows):
+        hidden = self.act(torch.einsum("esh,eih->esi", rows, self.gate_up_proj))
+        return torch.einsum("esi,ehi->esh", hidden, self.down_proj)
+
+    def forward(self, x):
+        scores = torch.einsum("th,hes->tes", x, self.slots)
+        dispatch, combine = scores.softmax(0), scores.flatten(1).softmax(-1).view_as(scores)
+        y = self.run(torch.einsum("th,tes->esh", x, dispatch))
+        return torch.einsum("esh,tes->th", y, combine)
+
+
+class SoftMoEInModules(SoftMoE):
+    def __init__(self):
+        super().__init__()
+        self.mlps = torch.nn.ModuleList(_blocks.MLP() for _ in range(NUM_EXPERTS))
+
+    def run(self, rows):
+        return torch.stack([mlp(rows[e]) for e, mlp in enumerate(self.mlps)])
+
+
+@pytest.mark.parametrize("block", [SoftMoE, SoftMoEInModules])
+def test_soft_moe_is_named(rewritten, block):
+    compiled = rewritten(block())
+    compiled(torch.randn(T, 32))
+    (found,) = compiled.blocks
+    assert "soft MoE" in found.reason.message
     assert found.reason.location.startswith("test_reasons.py:")
 
 
