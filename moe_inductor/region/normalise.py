@@ -96,7 +96,8 @@ class Emitter:
 
     numbers: what is known about sizes that depend on data.  pairs: what has been unsorted (``region/pairs.py``).
     refused: why something that was sorted could not be.  batches: views that put a batch of one in front of what they
-    view (``region/one_batch.py``).
+    view (``region/one_batch.py``).  sequences: what views [B, S, ..] of tokens view.  packs: several of these.
+    lead: B and S (``region/sequences.py``).
     """
 
     def __init__(self, *, keep_detach: bool) -> None:
@@ -106,6 +107,9 @@ class Emitter:
         self.pairs: dict[fx.Node, Order] = {}
         self.refused: list[Refusal] = []
         self.batches: dict[fx.Node, fx.Node] = {}
+        self.sequences: dict[fx.Node, fx.Node] = {}
+        self.packs: set[fx.Node] = set()
+        self.lead: Any = None
         self._scratch = fx.Graph()
         self._interned: dict[Any, fx.Node] = {}
         self._made: dict[Any, tuple[fx.Node, int]] = {}  # unbacked symbol -> where it was made
@@ -197,7 +201,9 @@ class Emitter:
             return self.emit(aten.full.default, args, dict(base.kwargs), val, origin)
         if self.same_shape(value(base), val):
             return base
-        return self.emit(aten.view.default, (base, self.sizes(val)), {}, val, origin)
+        made = self.emit(aten.view.default, (base, self.sizes(val)), {}, val, origin)
+        _sequences.note(self, made, base)
+        return made
 
     def permute(self, base: fx.Node, dims: list[int], val: Any, origin: str | None) -> fx.Node:
         """permute(permute(x, p), q) = permute(x, p[q]);  permute(x, identity) = x
@@ -270,6 +276,7 @@ def _emit(out: Emitter, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
             return out.size(found)  # spelled by its symbol wherever it occurs
         new = out.graph.placeholder(node.name)
         new.meta.update(node.meta)
+        _sequences.enter(out, new)
         return new
     if node.op == "get_attr":
         new = out.graph.get_attr(str(node.target))
@@ -286,6 +293,8 @@ def _emit(out: Emitter, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         return out.size(found)
     args, kwargs = _uniform(node, lambda a: env[a])
     made = _one_batch.element_by_element(out, node, args, kwargs) if out.batches else None
+    if made is None and out.sequences:
+        made = _sequences.token_by_token(out, node, args, kwargs)
     for apply in RULES.get(node.target, ()) if made is None else ():
         made = apply(out, node, args, kwargs)
         if made is not None:
@@ -787,6 +796,7 @@ from moe_inductor.region import picked as _picked  # noqa: E402, F401
 from moe_inductor.region import picked_experts as _picked_experts  # noqa: E402, F401
 from moe_inductor.region import rows as _rows  # noqa: E402, F401
 from moe_inductor.region import scaled as _scaled  # noqa: E402, F401
+from moe_inductor.region import sequences as _sequences  # noqa: E402
 from moe_inductor.region import slot_pairs as _slot_pairs  # noqa: E402, F401
 from moe_inductor.region import sparse as _sparse  # noqa: E402, F401
 from moe_inductor.region import stacks as _stacks  # noqa: E402, F401

@@ -48,6 +48,7 @@ class Remake:
         self.holder = holder
         self.read: list[fx.Node] = []
         self._at_hand: dict[fx.Node, fx.Node] = {}
+        self._views: dict[fx.Node, fx.Node] = {}
 
     def plan(self, node: fx.Node) -> None:
         """See that ``node`` can be had.  Raises Refusal(MUTATION, SPELLING, GRAD_STATE)."""
@@ -57,6 +58,10 @@ class Remake:
         if found is not None:
             self._at_hand[node] = found
             self.read.append(found)
+            return
+        if (view := self._held_view(node)) is not None:
+            self._views[node] = view
+            self.read.append(view)
             return
         if (constant := self._constant(node)) is not None:
             self.plan(constant)
@@ -84,6 +89,12 @@ class Remake:
         """The Dynamo node that is worth ``node``, made where ``graph`` inserts if the model has none."""
         if node in self._at_hand:
             return self._at_hand[node]
+        if node in self._views:
+            view = self._views[node]
+            made = graph.call_method("reshape", (view, [-1, *value(node).shape[1:]]))
+            finish(made, view)
+            self._at_hand[node] = made
+            return made
         if (constant := self._constant(node)) is not None:
             held = self._at_hand[constant]
             made = graph.call_method(*_reshape(node, constant, held))
@@ -102,6 +113,22 @@ class Remake:
         finish(made, next(iter(made.all_input_nodes), made))
         self._at_hand[node] = made
         return made
+
+    def _held_view(self, node: fx.Node) -> fx.Node | None:
+        """What holds a view [B, S, ..] of ``node`` [T, ..], all of whose other sizes are known."""
+        made = value(node)
+        if not isinstance(made, torch.Tensor) or not all(
+            isinstance(n, int) for n in made.shape[1:]
+        ):
+            return None
+        for view in node.users:
+            if view.target is aten.view.default and same_sizes(
+                value(view).shape[-made.dim() + 1 :], made.shape[1:]
+            ):
+                found = self.holder(view)
+                if found is not None:
+                    return found
+        return None
 
     def _constant(self, node: fx.Node) -> fx.Node | None:
         """A tensor of one number that the model holds and that ``node``, whose size is symbolic, is a view of."""

@@ -29,11 +29,12 @@ class RouterRewriter(Rewriter):
         """Replace topk_weights and topk_ids by one call of ``topk_routing``.  Raises Refusal(ROUTER, MUTATION)."""
         assert bound.topk_weights is not None  # such a router is not proposed
         held = {
-            i: self.holders(node) or self.holders(unviewed(node))  # [B, S, k] is as good
+            i: self.holders(node) or self._holders_of_view(node)  # [B, S, k] is as good
             for i, node in enumerate((bound.topk_weights, bound.topk_ids))
         }
         start = min(self.order[h] for hs in held.values() for h in hs)
-        operands = [self._readable(n, start - 1) for n in router.inputs()]
+        inputs = [n if self.holders(n) else unviewed(n) for n in router.inputs()]
+        operands = [self._readable(n, start - 1) for n in inputs]
         rules = {
             i: self._takes_over(hs, max(map(self.order.__getitem__, operands)))
             for i, hs in held.items()
@@ -58,6 +59,12 @@ class RouterRewriter(Rewriter):
             self._redirect(held[i], new, rules[i])
         erase_unneeded(self.canonical.region, keep)
         return call
+
+    def _holders_of_view(self, node: fx.Node) -> list[fx.Node]:
+        """Of what ``node`` is a view of, or of what is a view of it."""
+        views = [n for n in node.users if n.target is torch.ops.aten.view.default]
+        found = (self.holders(n) for n in (unviewed(node), *views))
+        return next(filter(None, found), [])
 
     def _router_starts(self, operands: list[fx.Node], start: int) -> fx.Node:
         """Where the router of the model starts, under the grad mode that its weights are computed under."""
