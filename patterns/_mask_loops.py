@@ -304,6 +304,13 @@ class Pairs(MaskLoop):
         return y.sum(dim=1)
 
 
+class PairsOfEmpty(Pairs):
+    """All rows are written, so what was in them is nothing to anybody."""
+
+    def start(self, x):
+        return torch.empty_like(x)
+
+
 # -- near misses ------------------------------------------------------------------------------------------------------
 
 
@@ -553,6 +560,7 @@ SAMPLES = (
     Sample(name="capacity_hits", build=CapacityHits, brief=True),
     Sample(name="from_ones", build=FromOnes, brief=True),
     Sample(name="from_shared", build=FromShared, brief=True),
+    Sample(name="pairs_of_empty", build=PairsOfEmpty, brief=True),
     Sample(name="tensor_for_each", build=TensorForEach, brief=True),
     Sample(name="assigned", build=Assigned, brief=True),
     Sample(name="pairs", build=Pairs, brief=True),

@@ -435,6 +435,12 @@ def _unique(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     return out.emit(node.target, args, kwargs, value(node), node.meta.get("stack_trace"))
 
 
+@rule(aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default)
+def _empty(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """empty(..) = full(shape, 0, dtype) for floating-point numbers: whatever is in it will do, and zeros are"""
+    return _fill(out, node, args, kwargs) if value(node).dtype.is_floating_point else None
+
+
 @rule(aten.scalar_tensor.default)
 def _scalar(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     """scalar_tensor(c) = full([], c)"""
