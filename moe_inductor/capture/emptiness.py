@@ -36,6 +36,29 @@ _SAME_VALUES = {
     *("detach", "clone", "numpy"),
     *(torch.flatten, torch.reshape, torch.squeeze, torch.clone, torch.detach),
 }
+# It holds no others, but for 0, which is an id as well.
+_NO_OTHERS = _SAME_VALUES | {
+    *(
+        "type",
+        "type_as",
+        "float",
+        "expand",
+        "expand_as",
+        "unsqueeze",
+        "unflatten",
+        "chunk",
+        "__getitem__",
+    ),
+    *("permute", "transpose", "swapaxes", "movedim", "t"),
+    *(
+        operator.getitem,
+        torch.cat,
+        torch.concat,
+        torch.chunk,
+        torch.unsqueeze,
+        torch.nn.functional.dropout,
+    ),
+}
 _CHOOSES = {torch.topk, "topk", torch.argmax, "argmax"}
 _GROUPS = {"one_hot", "bincount", "histc", "sort", "argsort", "unique", "eq", "isin"}
 
@@ -105,7 +128,7 @@ def distinct_values(rows: torch.fx.Node) -> int | None:
     if made.target not in (torch.unique, torch.Tensor.unique, "unique"):
         return None
     (chosen, *_) = made.all_input_nodes
-    chosen = _through(chosen, _SAME_VALUES | {operator.getitem})
+    chosen = _through(chosen, _NO_OTHERS)
     if chosen.target not in _CHOOSES:
         return None
     scores = chosen.all_input_nodes[0].meta.get("example_value")
@@ -119,7 +142,7 @@ def groups_choices(node: torch.fx.Node) -> bool:
     """Does ``node`` sort, count or compare what a choice among scores ``[.., E]`` chose?  So experts are told apart."""
     if getattr(node.target, "__name__", node.target) not in _GROUPS or not node.all_input_nodes:
         return False
-    chosen = _through(node.all_input_nodes[0], _SAME_VALUES | {operator.getitem, "float"})
+    chosen = _through(node.all_input_nodes[0], _NO_OTHERS)
     if chosen.target not in _CHOOSES or not chosen.all_input_nodes:
         return False
     scores = chosen.all_input_nodes[0].meta.get("example_value")
@@ -127,8 +150,13 @@ def groups_choices(node: torch.fx.Node) -> bool:
 
 
 def _through(node: torch.fx.Node, targets: set[Any]) -> torch.fx.Node:
-    while node.target in targets and node.args and isinstance(node.args[0], torch.fx.Node):
-        node = node.args[0]
+    while node.target in targets and node.args:
+        first = node.args[0]
+        if isinstance(first, (list, tuple)) and len(first) == 1:
+            (first,) = first
+        if not isinstance(first, torch.fx.Node):
+            break
+        node = first
     return node
 
 

@@ -159,7 +159,7 @@ def _gathered(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 
 @rule(aten.index.Tensor, first=True)
 def _of_pairs(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-    """index(w, [ids == e]) = index(w, [token, slot])"""
+    """index(w, [ids == e]) = index(w, [token, slot]) for w [T, k]"""
     base, indices = args[0], list(args[1])
     mask = indices[0]
     if len(indices) != 1 or not isinstance(mask, fx.Node) or value(mask).dtype != torch.bool:
@@ -167,6 +167,8 @@ def _of_pairs(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     hit = _hit(mask)
     if hit is None or hit.rows is not None or value(mask).dim() != 2:
         return None
+    if not same_sizes(value(base).shape, value(mask).shape):
+        return None  # rows of tokens in a batch of one
     made = value(node)
     pairs = made.new_empty((made.shape[0], 2), dtype=torch.int64)
     listed = out.emit(aten.nonzero.default, (mask,), {}, pairs, origin_of(node))

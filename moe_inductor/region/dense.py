@@ -17,7 +17,6 @@ from torch import fx
 from moe_inductor.region.nodes import (
     BATCHED_PRODUCTS,
     is_floating,
-    is_integral,
     is_tensor,
     name_of,
     tensors,
@@ -102,10 +101,12 @@ def _picked_from(
 
 
 def _ids(graph: fx.Graph, root: fx.Node) -> set[fx.Node]:
-    """All integers that are made of the choice."""
+    """All integers that are made of the choice, and several of them at a time (chunk)."""
     found = {root}
     for node in graph.nodes:
-        if is_integral(node) and any(a in found for a in node.all_input_nodes):
+        made = tensors(node)
+        integers = bool(made) and not any(t.is_floating_point() for t in made)
+        if integers and any(a in found for a in node.all_input_nodes):
             found.add(node)
     return found
 
