@@ -32,13 +32,18 @@ _ALONG: dict[Any, int] = {
 }  # fmt: skip
 # Of which the dimension is one of the result.
 _OF_RESULT = {aten.stack.default}
+# Which look along the last dimension unless they are told otherwise.
+_LAST = {aten.topk.default, aten.sort.default}
 
 
 def enter(out: Emitter, states: fx.Node) -> None:
     """``states`` may be an input that is hidden states or scores of several sequences."""
     found = value(states)
     if role_of(states) == STATES and is_floating(states) and found.dim() == 3:
-        out.lead = found.shape[:2]
+        if out.lead is None:
+            out.lead = found.shape[:2]
+        if not _leads(out, found):
+            return  # sequences of another number or length
         out.sequences[states] = out.view(states, _flat(found), origin_of(states))
 
 
@@ -129,8 +134,8 @@ def _along(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         if min(moved) < 1:
             return None
         inner[place] = moved if isinstance(dims, list) else moved[0]
-    elif rank < 3 or node.target in _OF_RESULT:
-        return None  # the last one is a sequence's, the first one of a stack is not
+    elif rank < 3 or node.target not in _LAST:
+        return None
     try:
         inner = [
             [_operand(out, piece, rank) for piece in a]
