@@ -106,9 +106,7 @@ def _operand(out: Emitter, a: Any, rank: int) -> Any:
         if value(a).dim() > rank - 2:
             raise LookupError
         return a  # the same for every token
-    if a in out.sequences:
-        return out.sequences[a]
-    if a.target is aten.full.default and _leads(out, value(a)):
+    if _leads(out, value(a)):
         return out.view(a, _flat(value(a)), origin_of(a))
     raise LookupError
 

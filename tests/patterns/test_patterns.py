@@ -179,6 +179,7 @@ def test_near_miss_is_refused_with_its_reason(spelling, miss, rewritten):
 # are one family: what is done to the scores before and after the choice is read for all of them by the same code.
 FAMILIES = {
     "hit_list": "hit list",
+    "unique_ids": "hit list",
     "chosen_test": "hit list",
     "hf_grouped_mm_fallback": "hf_grouped_mm",
     "kept_tokens": "expert_loop",
