@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from moe_inductor.region.nodes import STATES, is_floating, node_arg, origin_of, role_of, value
-from moe_inductor.region.normalise import row_of, rule
+from moe_inductor.region.normalise import is_one, row_of, rule
 from moe_inductor.region.pairs import is_pointwise
 
 if TYPE_CHECKING:
@@ -39,11 +39,13 @@ _LAST = {aten.topk.default, aten.sort.default}
 def enter(out: Emitter, states: fx.Node) -> None:
     """``states`` may be an input that is hidden states or scores of several sequences."""
     found = value(states)
-    if role_of(states) == STATES and is_floating(states) and found.dim() == 3:
-        if out.lead is None:
-            out.lead = found.shape[:2]
-        if not _leads(out, found):
-            return  # sequences of another number or length
+    if role_of(states) != STATES or not is_floating(states) or found.dim() != 3:
+        return
+    if is_one(found.shape[1]):
+        return  # [B, 1] would not be told from [T, 1]
+    if out.lead is None:
+        out.lead = found.shape[:2]
+    if _leads(out, found):  # not sequences of another number or length
         out.sequences[states] = out.view(states, _flat(found), origin_of(states))
 
 

@@ -122,9 +122,8 @@ class Remake:
         ):
             return None
         for view in node.users:
-            if view.target is aten.view.default and same_sizes(
-                value(view).shape[-made.dim() + 1 :], made.shape[1:]
-            ):
+            is_view = view.target is aten.view.default and value(view).dim() == made.dim() + 1
+            if is_view and same_sizes(value(view).shape[2:], made.shape[1:]):
                 found = self.holder(view)
                 if found is not None:
                     return found
