@@ -334,6 +334,8 @@ def _leading(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     found, made, origin = matrix_of(source), value(node), node.meta.get("stack_trace")
     if found is None or not same_sizes(made.shape[-1:], value(source).shape[-1:]):
         return None
+    if made.dim() < 2:
+        return None  # of one token: the spellings keep its dimension
     shaped = value(found.ids).reshape(*made.shape[:-1], value(found.ids).shape[-1])
     ids = out.view(found.ids, shaped, origin)
     scores = found.scores
