@@ -118,6 +118,7 @@ UNIQUE_IDS = HitListSpelling(
     source="many re-implementations of Mixtral and DeepSeek-MoE",
     reference=reference,
     facts={"sort": (True, False)},
+    ids_in_range=True,
     samples=(
         Sample(name="distinct", build=Distinct),
         Sample(name="distinct_numbers", build=Numbers),

@@ -137,7 +137,8 @@ class HitListSpelling:
     """One way to list the experts that were chosen at all, for a loop over them.
 
     reference(topk_ids [T, k], num_classes, **facts) -> [n] or [n, 1], the sorted distinct ids; all are < num_classes.
-    ids_in_range: it is that only for ids that come from a top-k over num_classes scores.
+    ids_in_range: it is that only for ids that come from a top-k over num_classes scores; so is a list that does not say
+        how many experts there are, such as that of the distinct ids.
     """
 
     name: str
