@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 import torch
 
-from moe_inductor.region.pairs import PAIR_LINEAR
+from moe_inductor.region.row_ops import PAIR_LINEAR
 
 Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 

@@ -19,7 +19,7 @@ from moe_inductor.region.nodes import (
     uncast,
     value,
 )
-from moe_inductor.region.pairs import PAIR_LINEAR
+from moe_inductor.region.row_ops import PAIR_LINEAR
 from moe_inductor.region.scaled import follows_a_projection, is_column
 from moe_inductor.region.thresholds import beyond_threshold, kept_by_threshold
 

@@ -43,7 +43,7 @@ from moe_inductor.region.nodes import (
     value,
 )
 from moe_inductor.region.normalise import Emitter, normalise
-from moe_inductor.region.pairs import restated
+from moe_inductor.region.row_ops import restated
 
 # How rows are added in place to what was there.
 _ADDS = frozenset({"index_add_", "scatter_add_", "index_put_", "setitem"})

@@ -20,6 +20,7 @@ from moe_inductor.region.axes import Atom, Axes, axes_of, laid_out
 from moe_inductor.region.nodes import (
     STATES,
     STORED,
+    is_one,
     is_tensor,
     node_arg,
     role_of,
@@ -27,7 +28,7 @@ from moe_inductor.region.nodes import (
     uncast,
     value,
 )
-from moe_inductor.region.normalise import Emitter, arithmetic, cast, is_one, rule
+from moe_inductor.region.normalise import Emitter, arithmetic, cast, rule
 from moe_inductor.region.sparse import matrix_of
 
 aten = torch.ops.aten

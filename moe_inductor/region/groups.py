@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from moe_inductor.region.nodes import node_arg, origin_of, same_sizes, value
-from moe_inductor.region.normalise import RESHAPES, Emitter, is_one, rule
+from moe_inductor.region.nodes import is_one, node_arg, origin_of, same_sizes, value
+from moe_inductor.region.normalise import RESHAPES, Emitter, rule
 from moe_inductor.region.sparse import matrix_of
 
 aten = torch.ops.aten

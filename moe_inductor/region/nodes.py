@@ -87,6 +87,10 @@ def written(size: Any) -> str:
     return str(size_expr(size)) if isinstance(size, torch.SymInt) else str(size)
 
 
+def is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
+
+
 def has_unbacked(node: fx.Node) -> bool:
     return bool(unbacked(value(node)))
 
@@ -120,6 +124,12 @@ def uncast(node: fx.Node) -> fx.Node:
 def is_random(target: Any) -> bool:
     """Does the operator draw random numbers?  Two equal calls are not the same value then."""
     return isinstance(target, OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+
+
+def is_pointwise(target: Any) -> bool:
+    """Does each element of the result depend on the elements at its own place alone?"""
+    is_tagged = isinstance(target, OpOverload) and torch.Tag.pointwise in target.tags
+    return is_tagged and not is_random(target)
 
 
 def origin_of(node: fx.Node) -> str | None:

@@ -25,13 +25,15 @@ from moe_inductor.region.counts import Numbers
 from moe_inductor.region.nodes import (
     is_floating,
     is_integral,
+    is_one,
     is_random,
     node_arg,
     unbacked,
     uncast,
     value,
 )
-from moe_inductor.region.pairs import Order, unsorted
+from moe_inductor.region.orders import Order
+from moe_inductor.region.pairs import unsorted
 
 aten = torch.ops.aten
 
@@ -713,10 +715,6 @@ def _promoted(out: Emitter, node: fx.Node, made: torch.Tensor, origin: str | Non
 def _is_mask(node: fx.Node) -> bool:
     source = uncast(node)
     return value(source).dtype == torch.bool
-
-
-def is_one(size: Any) -> bool:
-    return isinstance(size, int) and size == 1
 
 
 # -- uniform spelling -------------------------------------------------------------------------------------------------

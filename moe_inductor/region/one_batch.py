@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from moe_inductor.region.nodes import node_arg, value
-from moe_inductor.region.normalise import is_one, rule
-from moe_inductor.region.pairs import is_pointwise
+from moe_inductor.region.nodes import is_one, is_pointwise, node_arg, value
+from moe_inductor.region.normalise import rule
 
 if TYPE_CHECKING:
     from moe_inductor.region.normalise import Emitter

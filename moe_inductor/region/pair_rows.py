@@ -15,7 +15,7 @@ from torch import fx
 
 from moe_inductor.region.nodes import node_arg, origin_of, same_sizes, value
 from moe_inductor.region.normalise import Emitter, row_of, rule
-from moe_inductor.region.pairs import Order, are_tokens_of_pairs
+from moe_inductor.region.orders import Order, are_tokens_of_pairs
 from moe_inductor.region.rows import hits, index_of
 
 aten = torch.ops.aten

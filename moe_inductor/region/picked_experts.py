@@ -16,8 +16,16 @@ from torch import fx
 
 from moe_inductor.region.axes import axes_of
 from moe_inductor.region.einsums import is_of_experts
-from moe_inductor.region.nodes import is_floating, node_arg, origin_of, same_sizes, uncast, value
-from moe_inductor.region.normalise import Emitter, arithmetic, cast, is_one, rule
+from moe_inductor.region.nodes import (
+    is_floating,
+    is_one,
+    node_arg,
+    origin_of,
+    same_sizes,
+    uncast,
+    value,
+)
+from moe_inductor.region.normalise import Emitter, arithmetic, cast, rule
 from moe_inductor.region.rows import chosen_from, kept_of
 from moe_inductor.region.sparse import matrix_of, scattered
 from moe_inductor.region.stacks import chain

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from moe_inductor.region.nodes import node_arg, same_sizes, uncast, value
-from moe_inductor.region.normalise import Emitter, arithmetic, is_one, row_of, rule
-from moe_inductor.region.pairs import is_of_one_expert
+from moe_inductor.region.nodes import is_one, node_arg, same_sizes, uncast, value
+from moe_inductor.region.normalise import Emitter, arithmetic, row_of, rule
+from moe_inductor.region.unsorting import is_of_one_expert
 
 aten = torch.ops.aten
 

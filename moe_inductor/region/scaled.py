@@ -15,13 +15,15 @@ import torch
 from torch import fx
 
 from moe_inductor.region.nodes import (
+    is_one,
+    is_pointwise,
     is_tensor,
     node_arg,
     uncast,
     value,
 )
-from moe_inductor.region.normalise import Emitter, arithmetic, cast, is_one, rule
-from moe_inductor.region.pairs import PAIR_LINEAR, is_pointwise
+from moe_inductor.region.normalise import Emitter, arithmetic, cast, rule
+from moe_inductor.region.row_ops import PAIR_LINEAR
 
 aten = torch.ops.aten
 

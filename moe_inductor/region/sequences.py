@@ -14,9 +14,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from moe_inductor.region.nodes import STATES, is_floating, node_arg, origin_of, role_of, value
-from moe_inductor.region.normalise import is_one, row_of, rule
-from moe_inductor.region.pairs import is_pointwise
+from moe_inductor.region.nodes import (
+    STATES,
+    is_floating,
+    is_one,
+    is_pointwise,
+    node_arg,
+    origin_of,
+    role_of,
+    value,
+)
+from moe_inductor.region.normalise import row_of, rule
 
 if TYPE_CHECKING:
     from moe_inductor.region.normalise import Emitter

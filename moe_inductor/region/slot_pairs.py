@@ -16,6 +16,8 @@ from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.axes import Axes, laid_out
 from moe_inductor.region.masks import Reader
 from moe_inductor.region.nodes import (
+    is_one,
+    is_pointwise,
     location,
     name_of,
     node_arg,
@@ -23,11 +25,13 @@ from moe_inductor.region.nodes import (
     same_sizes,
     value,
 )
-from moe_inductor.region.normalise import Emitter, arithmetic, cast, is_one, rule
-from moe_inductor.region.pairs import PAIR_LINEAR, Order, Unsorting, is_pointwise
+from moe_inductor.region.normalise import Emitter, arithmetic, cast, rule
+from moe_inductor.region.orders import Order
+from moe_inductor.region.row_ops import PAIR_LINEAR
 from moe_inductor.region.slot_proof import capacity_below, prove_apart
 from moe_inductor.region.slots import Block, Sent, block_of, may_be_slots
 from moe_inductor.region.sums import Factor
+from moe_inductor.region.unsorting import Unsorting
 
 aten = torch.ops.aten
 

@@ -21,12 +21,13 @@ from torch import fx
 
 from moe_inductor._compat import OpOverload
 from moe_inductor.region.nodes import (
+    is_one,
     node_arg,
     same_sizes,
     uncast,
     value,
 )
-from moe_inductor.region.normalise import RESHAPES, Emitter, arithmetic, cast, is_one, rule
+from moe_inductor.region.normalise import RESHAPES, Emitter, arithmetic, cast, rule
 from moe_inductor.region.rows import are_distinct
 
 aten = torch.ops.aten

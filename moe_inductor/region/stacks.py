@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from moe_inductor.region.nodes import node_arg, same_sizes, value
-from moe_inductor.region.normalise import RESHAPES, Emitter, arithmetic, is_one, row_of, rule
+from moe_inductor.region.nodes import is_one, node_arg, same_sizes, value
+from moe_inductor.region.normalise import RESHAPES, Emitter, arithmetic, row_of, rule
 from moe_inductor.region.sparse import matrix_of
 
 aten = torch.ops.aten

@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from moe_inductor.region.canonical import trace
 from moe_inductor.region.normalise import normalise
-from moe_inductor.region.pairs import PAIR_LINEAR
+from moe_inductor.region.row_ops import PAIR_LINEAR
 
 aten = torch.ops.aten
 

@@ -17,7 +17,7 @@ from moe_inductor.prove.expressions import Numbering
 from moe_inductor.region import canonical
 from moe_inductor.region.nodes import value
 from moe_inductor.region.normalise import Emitter, normalise
-from moe_inductor.region.pairs import ALL_ROWS, PAIR_LINEAR
+from moe_inductor.region.row_ops import ALL_ROWS, PAIR_LINEAR
 from tests.without_inductor import WithoutInductor
 
 aten = torch.ops.aten
