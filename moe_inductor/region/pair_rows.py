@@ -15,7 +15,7 @@ from torch import fx
 
 from moe_inductor.region.nodes import node_arg, origin_of, same_sizes, value
 from moe_inductor.region.normalise import Emitter, row_of, rule
-from moe_inductor.region.orders import Order, are_tokens_of_pairs
+from moe_inductor.region.orders import Order, are_tokens_of_pairs, quotient
 from moe_inductor.region.rows import hits, index_of
 
 aten = torch.ops.aten
@@ -63,10 +63,11 @@ def _divided(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     pairs = _pairs(args[0])
     if pairs is None or args[1] != value(pairs.ids).shape[1]:
         return None
-    if kwargs and kwargs.get("rounding_mode") not in ("floor", "trunc"):
+    is_remainder = node.target is aten.remainder.Scalar
+    if not is_remainder and quotient(node) is None:
         return None
     token, slot = _places(out, pairs)
-    return slot if node.target is aten.remainder.Scalar else token
+    return slot if is_remainder else token
 
 
 @rule(aten.index.Tensor, first=True)
