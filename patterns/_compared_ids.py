@@ -209,16 +209,8 @@ class OtherSlot(Slot):
         return (~hit[token]).int().argmax(dim=-1)
 
 
-class SlotOfNext(Slot):
+class SlotOfNext(WeightOfNext, Slot):
     """Slots of one expert in the rows of another, where there are none: argmax then gives 0."""
-
-    def experts(self, x, topk_ids, topk_weights):
-        out = torch.zeros_like(x)
-        for e in range(NUM_EXPERTS):
-            token = self.tokens(self.hit(topk_ids, e))
-            other = self.hit(topk_ids, (e + 1) % NUM_EXPERTS)
-            out[token] += self.expert(e, x[token]) * self.weight(topk_weights, other, token)
-        return out
 
 
 class SlotGatheredElsewhere(Compared):
