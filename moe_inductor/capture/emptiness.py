@@ -59,6 +59,8 @@ _NO_OTHERS = _SAME_VALUES | {
         torch.nn.functional.dropout,
     ),
 }
+_COUNTS = {torch.bincount, "bincount"}
+_DISTINCT = {torch.unique, torch.Tensor.unique, "unique"}
 _CHOOSES = {torch.topk, "topk", torch.argmax, "argmax"}
 _GROUPS = {"one_hot", "bincount", "histc", "sort", "argsort", "unique", "eq", "isin"}
 
@@ -116,7 +118,7 @@ def all_zeros(node: torch.fx.Node) -> torch.fx.Node | None:
 def minimal_length(rows: torch.fx.Node) -> int | None:
     """The ``minlength`` of the call of bincount that ``rows`` is the result of."""
     made = _through(rows, _SAME_VALUES)
-    if made.target not in (torch.bincount, "bincount"):
+    if made.target not in _COUNTS:
         return None
     length = made.kwargs.get("minlength", made.args[2] if len(made.args) > 2 else None)
     return length if isinstance(length, int) and length > 0 else None
@@ -125,7 +127,7 @@ def minimal_length(rows: torch.fx.Node) -> int | None:
 def distinct_values(rows: torch.fx.Node) -> int | None:
     """How many values there are that ``rows``, the result of unique, can hold."""
     made = _through(rows, _SAME_VALUES)
-    if made.target not in (torch.unique, torch.Tensor.unique, "unique"):
+    if made.target not in _DISTINCT:
         return None
     (chosen, *_) = made.all_input_nodes
     chosen = _through(chosen, _NO_OTHERS)
