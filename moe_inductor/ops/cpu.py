@@ -59,10 +59,8 @@ def topk_routing(*args: Any, **facts: Any) -> tuple[Tensor, Tensor]:
     check_routing(call)
     compute = call.compute_dtype
     choice = scores_for_choice(call)
-    if call.k == 1:
-        values, ids = choice.max(
-            dim=-1, keepdim=True
-        )  # of equal values the first, as argmax has it
+    if call.k == 1:  # of equal scores max and argmax promise the lowest id, topk leaves it open
+        values, ids = choice.max(dim=-1, keepdim=True)
     else:
         values, ids = torch.topk(choice, call.k, dim=-1)
     if call.compares_logits and call.score == call.weight and choice.dtype == compute:
