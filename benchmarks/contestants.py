@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 
 from moe_inductor.ops.cuda import fused_experts, topk_routing
 
-from .cells import Inputs, Shape, Weights
+from .cells import Inputs, Shape, Weights, make_inputs
 
 Block = Callable[[Inputs], torch.Tensor]
 
@@ -116,8 +118,43 @@ def vllm(shape: Shape, weights: Weights) -> Block:
     return block
 
 
+def quack(shape: Shape, weights: Weights) -> Block:
+    """The installed SonicMoE over QuACK's GEMMs, which it tunes for each size at the first call.
+
+    Its block multiplies by the router's weight itself.  All contestants start from router logits, so the logits stand
+    in for that product; nothing else of it is changed.
+    """
+    from sonicmoe import functional
+
+    gate_up, down = weights.gate_up.permute(1, 2, 0), weights.down.permute(1, 2, 0)
+
+    @torch.no_grad()
+    def block(one: Inputs) -> torch.Tensor:
+        given = types.SimpleNamespace(linear=lambda x, router_weight: one.router_logits)
+        with mock.patch.object(functional, "F", given):
+            out, *_ = functional.moe_TC_softmax_topk_layer(
+                one.hidden_states,
+                one.router_logits.mT,
+                gate_up,
+                None,
+                down,
+                None,
+                shape.k,
+                0,
+                "swiglu",
+                is_inference_mode_enabled=True,
+                is_softmax_over_topk=True,
+                concat_layout=True,
+            )
+        return out
+
+    # Its weighted sum is tuned once per H and k, at whatever T comes first.
+    block(make_inputs(shape, 2048, str(weights.gate_up.device), weights.gate_up.dtype)[0])
+    return block
+
+
 # Peers are measured where they are installed.
-PEERS = {"triton_kernels": triton_kernels, "vllm": vllm}
+PEERS = {"triton_kernels": triton_kernels, "vllm": vllm, "quack": quack}
 
 
 def reference(

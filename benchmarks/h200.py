@@ -104,7 +104,7 @@ def main() -> None:
         "--only",
         nargs="*",
         help="contestants to time: ours ours_per_expert ours_batch_invariant hf_compiled hf_eager"
-        " triton_kernels vllm",
+        " triton_kernels vllm quack",
     )
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -122,12 +122,13 @@ def main() -> None:
             "hf_compiled": hugging_face(shape, weights, "grouped_mm"),
             "hf_eager": hugging_face(shape, weights, "eager"),
         }
+        only = arguments.only or [*blocks, *PEERS]
         for name, build in PEERS.items():
-            try:
-                blocks[name] = build(shape, weights)
-            except ImportError as error:
-                run["missing"][name] = str(error)
-        only = arguments.only or list(blocks)
+            if name in only:
+                try:
+                    blocks[name] = build(shape, weights)
+                except ImportError as error:
+                    run["missing"][name] = str(error)
         blocks = {n: b for n, b in blocks.items() if n in only or n == "hf_eager"}
         for T in arguments.tokens:
             cell = measure(shape, T, weights, blocks, "hf_eager" in only)

@@ -32,56 +32,131 @@ from .timing import graph_us
 
 SILU = parse("silu")
 
-# block_n, block_k, num_warps, num_stages, group_m, by TMA, persistent
-SMALL_GATE_UP = [
-    (32, 128, 4, 4),
-    (32, 256, 4, 3),
-    (64, 64, 4, 5),
-    (64, 128, 4, 3),
-    (64, 128, 4, 4),
-    (128, 64, 4, 4),
-    (128, 64, 8, 4),
-]
-SMALL_DOWN = [
-    (32, 256, 4, 4),
-    (64, 128, 4, 4),
-    (64, 256, 4, 3),
-    (128, 64, 4, 5),
-    (128, 128, 4, 3),
-    (128, 128, 4, 4),
-    (256, 64, 4, 4),
-]
-LARGE_GATE_UP = [
-    (128, 64, 8, 4, 8, True, True),
-    (128, 64, 8, 4, 8, True, False),
-    (128, 64, 8, 3, 8, True, True),
-    (128, 64, 8, 3, 4, True, True),
-    (64, 64, 4, 4, 8, True, False),
-    (64, 128, 8, 3, 8, True, True),
-    (64, 64, 4, 4, 8, True, True),
-    (64, 64, 8, 4, 8, True, True),
-    (64, 64, 8, 6, 8, True, True),
-    (64, 64, 4, 3, 8, True, False),
-    (128, 64, 8, 3, 8, False, False),
-    (128, 64, 8, 4, 8, False, False),
-    (64, 64, 4, 4, 8, False, False),
-    (64, 64, 8, 4, 8, False, False),
-]
-LARGE_DOWN = [
-    (256, 64, 8, 4, 8, True, True),
-    (256, 64, 8, 3, 8, True, True),
-    (256, 64, 8, 4, 8, True, False),
-    (256, 64, 8, 3, 4, True, True),
-    (128, 64, 8, 4, 8, True, True),
-    (128, 64, 8, 6, 8, True, True),
-    (128, 64, 4, 4, 8, True, True),
-    (128, 64, 4, 4, 8, True, False),
-    (128, 64, 4, 3, 8, True, False),
-    (128, 128, 8, 3, 8, True, True),
-    (128, 64, 8, 4, 8, False, False),
-    (128, 64, 4, 3, 8, False, False),
-    (256, 64, 8, 3, 8, False, False),
-]
+# By BLOCK_M: block_n, block_k, num_warps, num_stages of programs with one tile each, of programs that walk the tiles
+# (persistent), and GROUP_M.  Stacked weights come by TMA.
+Tile = tuple[int, int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    one: list[Tile]
+    walk: list[Tile]
+    groups: tuple[int, ...]
+
+
+GATE_UP = {
+    16: Pool(
+        [(32, 256, 4, 3), (32, 128, 4, 4), (32, 128, 4, 6), (64, 128, 4, 3), (64, 64, 4, 5)],
+        [(32, 256, 4, 3), (64, 128, 4, 3)],
+        (1,),
+    ),
+    32: Pool(
+        [
+            (64, 128, 4, 3),
+            (64, 128, 4, 4),
+            (32, 256, 4, 3),
+            (32, 128, 4, 4),
+            (64, 64, 4, 4),
+            (64, 64, 4, 6),
+            (128, 64, 4, 4),
+        ],
+        [(64, 128, 4, 3), (32, 256, 4, 3), (128, 64, 4, 4)],
+        (1,),
+    ),
+    64: Pool(
+        [
+            (64, 128, 4, 3),
+            (64, 128, 4, 4),
+            (64, 64, 4, 4),
+            (64, 64, 4, 5),
+            (32, 128, 4, 4),
+            (128, 64, 4, 3),
+            (128, 64, 4, 4),
+            (128, 64, 8, 4),
+        ],
+        [(64, 128, 4, 3), (64, 128, 4, 4), (64, 64, 4, 4), (128, 64, 4, 4), (128, 64, 8, 4)],
+        (1, 4),
+    ),
+    128: Pool(
+        [
+            (64, 64, 4, 3),
+            (64, 64, 4, 4),
+            (64, 64, 8, 4),
+            (64, 128, 8, 3),
+            (128, 64, 8, 3),
+            (128, 64, 8, 4),
+        ],
+        [
+            (64, 64, 4, 4),
+            (64, 64, 8, 4),
+            (64, 64, 8, 6),
+            (64, 128, 8, 3),
+            (128, 64, 8, 3),
+            (128, 64, 8, 4),
+        ],
+        (8,),
+    ),
+}
+DOWN = {
+    16: Pool(
+        [
+            (64, 256, 4, 3),
+            (64, 256, 4, 4),
+            (32, 256, 4, 4),
+            (64, 128, 4, 4),
+            (64, 128, 4, 6),
+            (128, 128, 4, 3),
+            (128, 128, 4, 4),
+        ],
+        [(64, 256, 4, 3), (128, 128, 4, 4)],
+        (1,),
+    ),
+    32: Pool(
+        [
+            (64, 256, 4, 3),
+            (64, 128, 4, 4),
+            (64, 128, 4, 6),
+            (128, 128, 4, 3),
+            (128, 128, 4, 4),
+            (128, 64, 4, 5),
+        ],
+        [(64, 256, 4, 3), (128, 128, 4, 4)],
+        (1,),
+    ),
+    64: Pool(
+        [
+            (64, 128, 4, 4),
+            (64, 256, 4, 3),
+            (128, 64, 4, 4),
+            (128, 64, 4, 5),
+            (128, 128, 4, 3),
+            (128, 128, 4, 4),
+            (256, 64, 4, 4),
+            (256, 64, 8, 4),
+        ],
+        [(128, 128, 4, 3), (128, 64, 4, 5), (128, 128, 4, 4), (256, 64, 8, 4), (128, 128, 8, 4)],
+        (1, 4),
+    ),
+    128: Pool(
+        [
+            (128, 64, 4, 3),
+            (128, 64, 4, 4),
+            (128, 64, 8, 4),
+            (128, 128, 8, 3),
+            (256, 64, 8, 3),
+            (256, 64, 8, 4),
+        ],
+        [
+            (128, 64, 4, 4),
+            (128, 64, 8, 4),
+            (128, 64, 8, 6),
+            (128, 128, 8, 3),
+            (256, 64, 8, 3),
+            (256, 64, 8, 4),
+        ],
+        (8,),
+    ),
+}
 DECODE_GATE_UP = [
     GemvConfig(n, k, w, s)
     for n, k, w, s in [
@@ -107,22 +182,6 @@ DECODE_DOWN = [
     ]
     for w, s in [(4, 2), (4, 3), (2, 3)]
 ]
-TABLE_GATE_UP = [
-    (64, 128, 8, 3, 8, True, True),
-    (64, 64, 4, 3, 8, True, False),
-    (128, 64, 8, 4, 8, True, True),
-    (128, 64, 8, 4, 8, True, False),
-    (128, 64, 8, 3, 8, True, True),
-    (128, 64, 8, 4, 8, False, False),
-]
-TABLE_DOWN = [
-    (128, 128, 8, 3, 8, True, True),
-    (128, 64, 4, 3, 8, True, False),
-    (256, 64, 8, 4, 8, True, True),
-    (256, 64, 8, 4, 8, True, False),
-    (256, 64, 8, 3, 8, True, True),
-    (256, 64, 8, 3, 8, False, False),
-]
 
 
 def decode_candidates(kernel: str, k: int) -> list[GemvConfig]:
@@ -141,28 +200,13 @@ def decode_candidates(kernel: str, k: int) -> list[GemvConfig]:
 
 
 def candidates(kernel: str, block_m: int, table: bool = False) -> Iterator[GemmConfig]:
-    pool: Any
-    if table:
-        pool = TABLE_GATE_UP if kernel == "gate_up" else TABLE_DOWN
-    elif block_m == 128:
-        pool = LARGE_GATE_UP if kernel == "gate_up" else LARGE_DOWN
-    else:
-        small = SMALL_GATE_UP if kernel == "gate_up" else SMALL_DOWN
-        groups = (4,) if block_m == 64 else (1,)
-        pool = [
-            (*tile, group, tma, False)
-            for tile, group, tma in itertools.product(small, groups, (True, False))
-        ]
-        if block_m == 64:
-            pool += [
-                (*tile, group, True, persistent)
-                for tile in [(64, 64, 4, 4), (64, 64, 4, 3), (128, 64, 8, 4), (128, 64, 4, 4)]
-                for group in (4, 8)
-                for persistent in (True, False)
-            ]
-            pool += [(128, 128, 8, 3, 8, True, False), (256, 64, 8, 4, 4, True, True)]
-    for n, k, warps, stages, group, tma, persistent in pool:
-        yield GemmConfig(block_m, n, k, group, warps, stages, tma, persistent)
+    """A table's descriptors are made per tile, which pays for the largest tiles only."""
+    pool = (GATE_UP if kernel == "gate_up" else DOWN)[block_m]
+    by_tma = (True,) if not table else (True, False) if block_m >= 64 else (False,)
+    for group, tma in itertools.product(pool.groups, by_tma):
+        for tiles, persistent in ((pool.one, False), (pool.walk, True)):
+            for n, k, warps, stages in tiles if tma or not persistent else ():
+                yield GemmConfig(block_m, n, k, group, warps, stages, tma, persistent)
 
 
 def block_ms(shape: Shape, T: int) -> list[int]:
@@ -170,7 +214,7 @@ def block_ms(shape: Shape, T: int) -> list[int]:
     return [
         m
         for m in (16, 32, 64, 128)
-        if m / 8 <= mean <= m * 1.6 or (m == 16 and mean < 2) or (m == 128 and mean > 80)
+        if m / 6 <= mean <= m * 1.3 or (m == 16 and mean < 2) or (m == 128 and mean > 80)
     ]
 
 
@@ -245,8 +289,7 @@ def work(shape: Shape, T: int, table: bool) -> Iterator[tuple[str, int, Any]]:
         if T <= 2 and not table:
             yield from ((kernel, 0, c) for c in decode_candidates(kernel, shape.k))
         for m in block_ms(shape, T) if T > 1 else []:
-            if not table or m == 128:
-                yield from ((kernel, m, c) for c in candidates(kernel, m, table))
+            yield from ((kernel, m, c) for c in candidates(kernel, m, table))
 
 
 def run(bench: Bench, kernel: str, block_m: int, config: Any) -> float:

@@ -17,12 +17,14 @@ import torch
 
 # Reading this much costs about as much as the two launches that decode saves (3.5 us on an H200).
 DECODE_REPEATED_BYTES = 16e6
-# Rows per expert, with BLOCK_M = 128.  Below FEW_ROWS the weights' bytes are the cost, and deeper, narrower tiles keep
-# more of them in flight; from MANY_ROWS on the arithmetic is: tiles that follow one another without a gap win, and an
-# early start would gain nothing (and costs DeepSeek-V3 a third).  With weights as large as DeepSeek-V3's (15 GB of gate
-# and up), programs that walk the tiles are 8 to 25 % slower at 256 rows and as fast at 384: the cause is not known.
-FEW_ROWS, MANY_ROWS = 96, 192
-LARGE_WEIGHTS_BYTES = 8e9
+# Rows per expert.  Up to SOME_ROWS they fit in a tile of 64, on the average.  Below FEW_ROWS reading the weights is the
+# cost, and small experts are better off with such tiles too; from MANY_ROWS on the arithmetic is, and an early start
+# gains nothing.
+SOME_ROWS, FEW_ROWS, MANY_ROWS = 48, 96, 192
+# H * I of small experts (OLMoE's have 2.1e6, gpt-oss's, for which both kinds of tiles take the same time, 8.3e6).
+SMALL_EXPERT = 4e6
+# In-features from which a small tile of the down GEMM is deeper, where it is read by pointers.
+DEEP = 4096
 # What one tile for every T is chosen for: rows per expert.
 MIDDLE_ROWS = 32
 
@@ -32,6 +34,8 @@ class GemmConfig:
     """Tiles of one grouped GEMM.  ``block_n`` counts columns of gate and of up each, in the gate/up GEMM.
 
     weights_by_tma: read the weights through a host TMA descriptor (needs ``Projection.tma_ready``).
+    group_m: so many row blocks are walked per column of the weights.  Where an expert's two blocks fall into two
+        groups, its weights are read twice: with few experts that shows, so groups are not small.
     persistent: one program per multiprocessor walks the tiles, in one flattened loop.
     early: start before the kernel before has ended, and let the next one do so (``early.py``).
     """
@@ -161,21 +165,14 @@ def _rows_per_expert(problem: Problem) -> float:
     return problem.slots / problem.E
 
 
-def _many_rows(problem: Problem) -> bool:
-    gate_up_bytes = 2 * problem.E * problem.I * problem.H * problem.dtype.itemsize
-    enough = MANY_ROWS if gate_up_bytes < LARGE_WEIGHTS_BYTES else 2 * MANY_ROWS
-    return _rows_per_expert(problem) >= enough
-
-
 def _block_m(problem: Problem) -> int:
     mean = _rows_per_expert(problem)
     if mean <= 4:
         return 16
     if mean < 16:
         return 32
-    if mean < 48:
-        return 64
-    return 128
+    small = problem.H * problem.I < SMALL_EXPERT
+    return 64 if mean < (FEW_ROWS if small else SOME_ROWS) else 128
 
 
 def _portable_plan(block_m: int) -> GroupedPlan:
@@ -188,32 +185,39 @@ def _portable_plan(block_m: int) -> GroupedPlan:
 
 def _tma_pays(problem: Problem, block_m: int) -> bool:
     # A table's descriptors are made on the device, once per tile: worth it where a tile is much arithmetic.
-    return block_m == 128 or not problem.from_table
+    return block_m >= 64 or not problem.from_table
 
 
 def _hopper_gate_up(problem: Problem, block_m: int) -> GemmConfig:
     tma = problem.gate_up_tma and _tma_pays(problem, block_m)
     if block_m == 16:
-        return GemmConfig(16, 32, 256, num_warps=4, num_stages=3, weights_by_tma=tma)
+        k, stages = (256, 3) if tma else (128, 4)
+        return GemmConfig(16, 32, k, num_warps=4, num_stages=stages, weights_by_tma=tma)
     if block_m == 32:
-        stages = 3 if tma else 4
-        return GemmConfig(32, 64, 128, num_warps=4, num_stages=stages, weights_by_tma=tma)
+        return GemmConfig(32, 64, 128, num_warps=4, num_stages=3, weights_by_tma=tma)
+    rows = _rows_per_expert(problem)
+    if block_m == 64 and rows >= SOME_ROWS:
+        return GemmConfig(64, 128, 64, 8, 8, 4, tma, persistent=tma)
+    # Programs that walk the tiles, unless each step would have to make a descriptor for little arithmetic.
+    persistent = tma and (not problem.from_table or rows >= MANY_ROWS)
     if block_m == 64:
-        return GemmConfig(64, 64, 128, group_m=4, num_warps=4, num_stages=4, weights_by_tma=tma)
-    if tma and _rows_per_expert(problem) < FEW_ROWS:
-        return GemmConfig(128, 64, 128, 8, 8, 3, weights_by_tma=True, persistent=True)
-    persistent = tma and _many_rows(problem)
-    return GemmConfig(128, 128, 64, 8, 8, 4, tma, persistent, early=not persistent)
+        return GemmConfig(64, 64, 128 if persistent else 64, 8, 4, 4, tma, persistent)
+    return GemmConfig(128, 128, 64, 8, 8, 4, tma, persistent, early=rows < MANY_ROWS)
 
 
 def _hopper_down(problem: Problem, block_m: int) -> GemmConfig:
     tma = problem.down_tma and _tma_pays(problem, block_m)
-    if block_m <= 32:
-        n, k = (64, 256) if tma else (128, 128)
-        return GemmConfig(block_m, n, k, num_warps=4, num_stages=3, weights_by_tma=tma)
+    if block_m == 16 and not tma:
+        k = 256 if problem.I >= DEEP else 128
+        return GemmConfig(16, 64, k, num_warps=4, num_stages=4)
+    if block_m == 16:
+        return GemmConfig(16, 64, 256, num_warps=4, num_stages=3, weights_by_tma=True)
+    if block_m == 32:
+        return GemmConfig(32, 128, 128, 1, 4, 4 if tma else 3, tma, persistent=tma)
     if block_m == 64:
-        return GemmConfig(64, 128, 128, group_m=4, num_warps=4, num_stages=4, weights_by_tma=tma)
-    if tma and _rows_per_expert(problem) < FEW_ROWS:
-        return GemmConfig(128, 128, 128, 8, 8, 3, weights_by_tma=True, persistent=True)
-    persistent = tma and _many_rows(problem)
-    return GemmConfig(128, 256, 64, 8, 8, 4 if tma else 3, tma, persistent, early=not persistent)
+        return GemmConfig(64, 128, 128, 8, 4, 4, tma, persistent=tma)
+    rows = _rows_per_expert(problem)
+    if tma and rows < FEW_ROWS and not problem.from_table:
+        return GemmConfig(128, 128, 64, 4, 4, 3, weights_by_tma=True)
+    stages = 4 if tma else 3
+    return GemmConfig(128, 256, 64, 8, 8, stages, tma, persistent=tma, early=rows < MANY_ROWS)

@@ -45,16 +45,20 @@ def check(T, E, k, H, I, dtype=bf16, layout="stacked"):
     assert_accurate(call(x, topk_ids, topk_weights, weights), x, topk_ids, topk_weights, weights)
 
 
-def shipped_plans(dtype, layout):
+SMALL, LARGE = (512, 512), (1024, 4096)  # H, I; tiles differ for small and large experts
+
+
+def shipped_plans(dtype, layout, size):
     """Every distinct plan that configs.py can choose on this device, with a T that chooses it."""
     plans = {}
-    for T in (1, 2, 8, 40, 100, 200, 500, 1000, 2000, 5000):
+    H, I = size
+    for T in (1, 2, 8, 40, 100, 200, 300, 500, 1000, 2000, 5000):
         problem = Problem(
             T=T,
             E=8,
             k=2,
-            H=512,
-            I=512,
+            H=H,
+            I=I,
             dtype=dtype,
             capability=torch.cuda.get_device_capability(),
             unit_stride="transposed" not in layout,
@@ -68,9 +72,10 @@ def shipped_plans(dtype, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [bf16, fp16, fp32])
-def test_shipped_plans(dtype, layout):
-    for T in shipped_plans(dtype, layout):
-        check(T, 8, 2, 512, 512, dtype, layout)
+@pytest.mark.parametrize("size", [SMALL, LARGE])
+def test_shipped_plans(dtype, layout, size):
+    for T in shipped_plans(dtype, layout, size):
+        check(T, 8, 2, *size, dtype, layout)
 
 
 @pytest.mark.parametrize("dtype", [bf16, fp32])
