@@ -41,8 +41,9 @@ NAMES = {
     "hf_eager": "HF eager loop",
     "triton_kernels": "triton_kernels",
     "vllm": "vLLM",
+    "quack": "quack",
 }
-PEERS = ("hf_compiled", "triton_kernels", "vllm")
+PEERS = ("hf_compiled", "triton_kernels", "vllm", "quack")
 
 
 def best_peer(cell: dict[str, Any]) -> str:
@@ -246,7 +247,8 @@ def render_graphs(run: dict[str, Any]) -> list[str]:
         "2 % and 3 us over the ops": "allowed_us",
     }
     rows = [
-        [row["block"], str(row["T"]), *(number(row[name]) for name in columns.values())]
+        [row["block"], str(row["T"])]
+        + [number(row[name]) if name in row else "" for name in columns.values()]
         for row in run["blocks"]
     ]
     return [
@@ -255,10 +257,11 @@ def render_graphs(run: dict[str, Any]) -> list[str]:
         "",
         'Unmodified blocks of transformers with `mode="reduce-overhead"`, us per block, beside the fused ops in a CUDA'
         " graph of their own, eight blocks after each other too. What a block has more is the router's GEMM (5 us)."
-        " What a call of the model has more is torch's copy of the input into the graph's memory (5 us at T = 8, 15 us from"
-        " T = 64 on, says the profiler), the gap before the graph, and at T = 1 of qwen3 the host, which cannot launch"
-        " replays of one block as fast as the GPU runs them.",
+        " What a call of the model has more is torch's copy of the input into the graph's memory (5 us at T = 8, 15 us"
+        " from T = 64 on, says the profiler), the gap before the graph, and at T = 1 of qwen3 the host, which cannot"
+        " launch replays of one block as fast as the GPU runs them.",
         "",
+        *([run["note"], ""] if "note" in run else []),
         *table(["block", "T", *columns], rows),
     ]
 
