@@ -795,6 +795,7 @@ from moe_inductor.region import einsums as _einsums  # noqa: E402, F401
 from moe_inductor.region import groups as _groups  # noqa: E402, F401
 from moe_inductor.region import maps as _maps  # noqa: E402, F401
 from moe_inductor.region import one_batch as _one_batch  # noqa: E402
+from moe_inductor.region import operands as _operands  # noqa: E402, F401
 from moe_inductor.region import pair_rows as _pair_rows  # noqa: E402, F401
 from moe_inductor.region import picked as _picked  # noqa: E402, F401
 from moe_inductor.region import picked_experts as _picked_experts  # noqa: E402, F401

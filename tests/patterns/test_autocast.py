@@ -54,6 +54,16 @@ class PlainBatched(Batched):
     act = _blocks.VARIANTS["plain_relu_squared"]["act"]
 
 
+class PowInFloat(Batched):
+    """As under CUDA's autocast, which computes ``pow`` in fp32: the second GEMM casts what it reads, after a view."""
+
+    gated = False
+
+    def act(self, x):
+        h = torch.relu(x)
+        return (h if h.dtype == torch.float64 else h.float()) ** 2
+
+
 def _blocks_and_inputs(build, dtype=torch.float32):
     """As in test_patterns: tokens for which rounding does not decide the routing."""
     for seed in range(20):
@@ -88,7 +98,8 @@ def _check(build, rewritten, around, dtype=torch.float32):
 
 @pytest.mark.parametrize("around", [False, True], ids=["ambient", "inside"])
 @pytest.mark.parametrize(
-    "build", [Loop, InModules, TokensFirst, SumInFloat, BiasedLoop, Batched, PlainBatched]
+    "build",
+    [Loop, InModules, TokensFirst, SumInFloat, BiasedLoop, Batched, PlainBatched, PowInFloat],
 )
 def test_fused_under_autocast(build, around, rewritten):
     experts = _check(build, rewritten, around).moe.experts
