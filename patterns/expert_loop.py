@@ -608,6 +608,13 @@ class WeightSquared(Loop):
         out.index_add_(0, token, y * y)
 
 
+class MeanOverTokens(Loop):
+    """What an expert gives is divided by the number of its tokens, which depends on data."""
+
+    def expert(self, e, rows):
+        return super().expert(e, rows) / rows.shape[0]
+
+
 class WrongSlots(Loop):
     """The mask is not permuted to (slot, token) as the loop reads it: two axes of equal size hide the mistake."""
 
@@ -695,6 +702,7 @@ EXPERT_LOOP = ExpertsSpelling(
         NearMiss(name="partial_sum_escapes", build=PartialSumEscapes, code="ESCAPES"),
         NearMiss(name="other_rows_for_one_expert", build=OtherRows, code="INPUTS_DIFFER"),
         NearMiss(name="weights_squared", build=WeightSquared, code="SPELLING"),
+        NearMiss(name="mean_over_tokens", build=MeanOverTokens, code="SPELLING"),
         NearMiss(name="mask_axes_exchanged", build=WrongSlots, code="SPELLING"),
     ),
 )

@@ -34,6 +34,7 @@ _SOME = {torch.any, "any"}
 _SAME_VALUES = {
     *("flatten", "view", "reshape", "squeeze", "contiguous", "cpu", "cuda", "to", "long", "int"),
     *("detach", "clone", "numpy"),
+    "view_as",  # Dynamo's `numpy()` is view_as(x, x) where there are gradients
     *(torch.flatten, torch.reshape, torch.squeeze, torch.clone, torch.detach),
 }
 # It holds no others, but for 0, which is an id as well.

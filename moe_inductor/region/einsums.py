@@ -254,6 +254,8 @@ def _binary(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     made, origin = value(node), node.meta.get("stack_trace")
     if not isinstance(args[1], fx.Node):
         return _unary(out, node, args, kwargs)
+    if not all(isinstance(value(a), torch.Tensor) for a in args):
+        return None  # a number that depends on data
     axes = next(
         (
             axes

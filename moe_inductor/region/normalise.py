@@ -246,11 +246,11 @@ def normalise(
     """Returns the normal form of ``graph`` and, for each old node, what it became (a node, a size, or None).
 
     keep_detach: keep ``detach`` on floating-point tensors; it is a no-op only where no gradient can flow.
-    out: what to build it with, for a caller who wants to know what was found out on the way.
+    out: what to build it with, for a caller who wants to know what was found out on the way; it knows ``keep_detach``.
     """
     out = out or Emitter(keep_detach=keep_detach)
     env: dict[fx.Node, Any] = {}
-    if not keep_detach or all(n.target is not aten.detach.default for n in graph.nodes):
+    if not out.keep_detach or all(n.target is not aten.detach.default for n in graph.nodes):
         for node in graph.nodes:
             env[node] = _emit(out, node, env)
         return out.graph, env

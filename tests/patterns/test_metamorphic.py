@@ -43,7 +43,7 @@ NOISE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "reshape": lambda t: t.reshape(-1).view(t.shape).unsqueeze(0).squeeze(0),
     "new_axis": lambda t: t[None, ..., None][0, ..., 0],
     "transpose": _of_matrices(lambda t: t.transpose(-2, -1).mT),
-    "clone": lambda t: t.contiguous().clone(),
+    "clone": lambda t: t.contiguous().detach().clone(),
     "cast": lambda t: t.to(t.dtype).type_as(t),
     "slice": lambda t: t[..., : t.shape[-1]][0:],
     "chunk": lambda t: torch.cat(t.chunk(1, dim=-1)),
