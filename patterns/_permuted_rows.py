@@ -49,10 +49,22 @@ class Permuted(_blocks.Block):
         return out.to(x.dtype)
 
     def experts(self, x, topk_ids, topk_weights):
-        probs, routing_map = self.map(topk_ids, topk_weights)
+        return self.sent(x, *self.map(topk_ids, topk_weights))
+
+    def sent(self, x, probs, routing_map):
         rows, sorted_indices = self.permute(x, routing_map)
         y = self.mlp(rows, self.counts(routing_map))
         return self.unpermute(y, sorted_indices, x, self.sorted_probs(probs, routing_map))
+
+
+class PermutedLikeLogits(Permuted):
+    """The map is made of zeros like the logits, which are there before the choice."""
+
+    def forward(self, x):
+        logits = self.gate(x)
+        topk_weights, topk_ids = self.route(logits)
+        probs = torch.zeros_like(logits).scatter(1, topk_ids, topk_weights)
+        return self.sent(x, probs, torch.zeros_like(logits).int().scatter(1, topk_ids, 1).bool())
 
 
 class PermutedShared(Permuted):
@@ -283,6 +295,7 @@ class _ScoredByColumn(Scored):
 
 SAMPLES = (
     Sample(name="permuted", build=Permuted),
+    Sample(name="permuted_like_logits", build=PermutedLikeLogits, brief=True),
     Sample(name="permuted_shared", build=PermutedShared, brief=True),
     Sample(name="permuted_pairs", build=PermutedPairs, brief=True),
     Sample(name="permuted_in_float", build=PermutedInFloat, brief=True),

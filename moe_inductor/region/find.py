@@ -57,9 +57,9 @@ _ADDS_ROWS = frozenset({"index_add", "scatter_add"})
 _VIEWS = frozenset(
     {
         "view", "reshape", "unsqueeze", "squeeze", "flatten", "transpose", "permute", "t", "T", "mT", "expand",
-        "contiguous", "clone", "to", "type", "float", "bfloat16", "half", "type_as", "repeat_interleave", "chunk",
-        "split", "unbind", "select", "narrow", "getattr", "expand_as", "view_as", "detach", "getitem", "size",
-        "sym_size", "repeat", "tile", "broadcast_to",
+        "contiguous", "clone", "to", "type", "float", "bfloat16", "half", "double", "int", "long", "bool", "type_as",
+        "repeat_interleave", "chunk", "split", "unbind", "select", "narrow", "getattr", "expand_as", "view_as",
+        "detach", "getitem", "size", "sym_size", "repeat", "tile", "broadcast_to",
     }
 )  # fmt: skip
 _CONSTRUCTORS = frozenset(
