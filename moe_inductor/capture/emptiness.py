@@ -53,6 +53,7 @@ _NO_OTHERS = _SAME_VALUES | {
     *("permute", "transpose", "swapaxes", "movedim", "t"),
     *(
         operator.getitem,
+        getattr,  # t.mT
         torch.cat,
         torch.concat,
         torch.chunk,
