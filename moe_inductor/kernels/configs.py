@@ -35,7 +35,7 @@ class GemmConfig:
 
     weights_by_tma: read the weights through a host TMA descriptor (needs ``Projection.tma_ready``).
     group_m: so many row blocks are walked per column of the weights.  Where an expert's two blocks fall into two
-        groups, its weights are read twice: with few experts that shows, so groups are not small.
+        groups, its weights are read twice: rare in groups of 8, where there are few experts.
     persistent: one program per multiprocessor walks the tiles, in one flattened loop.
     early: start before the kernel before has ended, and let the next one do so (``early.py``).
     """

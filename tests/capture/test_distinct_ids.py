@@ -11,26 +11,16 @@ import torch
 from torch import nn
 
 import moe_inductor
+from tests.capture.models import Expert, H
 
-E, H, I = 8, 16, 32
+E = 8
 TOKENS_AND_K = [(1, 2), (1, 3), (3, 2), (2, 4)]
-
-
-class MLP(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate = nn.Linear(H, I, bias=False)
-        self.up = nn.Linear(H, I, bias=False)
-        self.down = nn.Linear(I, H, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(torch.nn.functional.silu(self.gate(x)) * self.up(x))
 
 
 class Experts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.experts = nn.ModuleList(MLP() for _ in range(E))
+        self.experts = nn.ModuleList(Expert() for _ in range(E))
 
     def forward(
         self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
