@@ -15,6 +15,7 @@ from oracle import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_inductor import ops
+from moe_inductor.ops import cpu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -65,10 +66,25 @@ def test_against_fp64(dtype, tokens):
     check(data, ours)
 
 
+@pytest.mark.parametrize("intel", [True, False])
 @pytest.mark.parametrize("tokens", [1, 3, 16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_large_weights_take_the_other_products(tokens, dtype):
-    data = unit_scale_inputs(tokens, 2, 1, 512, 512, dtype=dtype)
+@pytest.mark.parametrize("size", [40, 512])
+def test_products_are_chosen_by_processor_and_size(size, tokens, intel, monkeypatch):
+    """On an Intel processor torch.mm makes all of them; elsewhere oneDNN makes those with large weights."""
+    calls = []
+    linear = cpu._onednn_linear() or torch.nn.functional.linear
+    monkeypatch.setattr(cpu, "_mkl_on_intel", lambda: intel)
+    monkeypatch.setattr(
+        cpu, "_onednn_linear", lambda: lambda *args: calls.append(args) or linear(*args)
+    )
+    data = unit_scale_inputs(tokens, 2, 1, size, size)
+    check(data, call(data))
+    few = 2 <= tokens <= 8  # two experts: at most 3 rows each, which take W @ x^T
+    assert bool(calls) == (not intel and size == 512 and not few)
+
+
+def test_large_weights_in_bf16():
+    data = unit_scale_inputs(16, 2, 1, 512, 512, dtype=torch.bfloat16)
     check(data, call(data))
 
 
