@@ -89,6 +89,20 @@ class Llama4(Dense):
         return y.reshape(NUM_EXPERTS, -1, HIDDEN).sum(dim=0)
 
 
+class NanoMoE(Dense):
+    """nanoMoE: the scores are scattered in place, and the softmax gives zeros to those that are left at -inf."""
+
+    transposed = True
+
+    def route(self, logits):
+        return torch.topk(logits, self.k, dim=-1)
+
+    def scores(self, topk_ids, topk_weights):
+        scores = topk_weights.new_full((topk_weights.shape[0], NUM_EXPERTS), float("-inf"))
+        scores.scatter_(-1, topk_ids, topk_weights)
+        return F.softmax(scores, dim=-1)
+
+
 class Expanded(Dense):
     """Broadcast instead of repeated, and tokens first in the sum."""
 
@@ -441,6 +455,7 @@ DENSE_EXPERTS = ExpertsSpelling(
     samples=(
         Sample(name="repeated", build=Dense),
         Sample(name="llama4", build=Llama4),
+        Sample(name="nanomoe", build=NanoMoE),
         Sample(name="expanded", build=Expanded, brief=True),
         Sample(name="einsum", build=Einsums),
         Sample(name="einsum_experts_first", build=ExpertsFirst, brief=True),

@@ -18,7 +18,9 @@ from moe_inductor.region.nodes import (
     BATCHED_PRODUCTS,
     is_floating,
     is_tensor,
+    mutated,
     name_of,
+    storages,
     tensors,
     value,
 )
@@ -114,15 +116,16 @@ def _ids(graph: fx.Graph, root: fx.Node) -> set[fx.Node]:
 def _routed(graph: fx.Graph, root: fx.Node, scores: fx.Node) -> set[fx.Node]:
     """What is made of the choice and is not larger than ``one_hot(topk_ids) [T, k, E]``."""
     largest = max([_ratio(t.shape[-1], 1) or 1 for t in tensors(root) if t.dim() > 1] or [1])
-    found = {root}
+    found, written = {root}, set[int]()
     for node in graph.nodes:
         if node.op == "output" or name_of(node) in _GEMMS:
             continue
-        if not any(a in found for a in node.all_input_nodes):
+        if not any(a in found or not written.isdisjoint(storages(a)) for a in node.all_input_nodes):
             continue
         ratios = [_ratio(t.numel(), value(scores).numel()) for t in tensors(node)]
         if all(ratio is not None and ratio <= largest for ratio in ratios):
             found.add(node)
+            written.update(s for target in mutated(node) for s in storages(target))
     return found
 
 

@@ -21,6 +21,7 @@ from torch import fx
 from moe_inductor.region.dense import find_dense
 from moe_inductor.region.nodes import (
     has_unbacked,
+    is_floating,
     is_integral,
     is_tensor,
     location,
@@ -520,7 +521,23 @@ def _add_router(root: fx.Node, members: set[fx.Node]) -> None:
             return
         todo += node.all_input_nodes
         todo += [u for u in node.users if u in mutated_by(node)]
+    if name_of(root) == "argmax":
+        found |= _best_scores(root)
     members |= found
+
+
+def _best_scores(argmax: fx.Node) -> set[fx.Node]:
+    """Where what the chosen expert weighs is asked for in a call of its own: that, and what is made of it alone."""
+    scores = argmax.all_input_nodes[0]
+    found = {u for u in scores.users if name_of(u) in ("max", "amax")}
+    todo, choices = list(found), chosen_count(argmax)
+    while todo:
+        for user in todo.pop().users:
+            weighs = is_floating(user) and str(value(user).numel()) == choices
+            if user not in found and weighs and found.issuperset(user.all_input_nodes):
+                found.add(user)
+                todo.append(user)
+    return found
 
 
 def mutated_by(node: fx.Node) -> list[fx.Node]:

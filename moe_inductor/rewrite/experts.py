@@ -102,7 +102,17 @@ class ExpertsRewriter(Rewriter):
             self._finish(result, outputs[0])
         self._redirect(outputs, result, replaced)
         erase_unneeded(self.canonical.region, keep)
+        self._adopt(remake.made)
         return anchor
+
+    def _adopt(self, made: dict[fx.Node, fx.Node]) -> None:
+        """What was made for the call is of the model's router from now on, which may be replaced as a whole."""
+        region = self.canonical.region
+        for node, new in made.items():
+            self.canonical.dynamo_of.setdefault(node, []).append(new)
+            self.canonical.grad_modes[new] = self.canonical.grad_enabled
+        members = {*region.nodes, *made.values()}
+        region.nodes = [n for n in region.graph.nodes if n in members]
 
     def _outputs(self, output: fx.Node) -> tuple[list[fx.Node], fx.Node | None]:
         """The holders of the block's output [T, H], or, where the model has none, of the first view of it, or of the

@@ -25,6 +25,7 @@ from moe_inductor.match.bind import Bound
 from moe_inductor.match.diagnose import diagnose
 from moe_inductor.match.experts import propose
 from moe_inductor.match.router import propose_routers
+from moe_inductor.match.weighted import weighted
 from moe_inductor.prove.assumptions import Assumed, prove_assumptions
 from moe_inductor.prove.fork import prove_fork, take_first_way
 from moe_inductor.prove.prove import prove_experts, prove_router
@@ -169,13 +170,12 @@ def _fuse_region(
             refused = refused if named is None else [named]
         report.blocks.append(_not_fused(region, refused))
         return
-    for bound in blocks:
+    for proved in blocks:
         try:
             with _timed(report, "rewrite"):
-                check_support(bound, canonical.source_of(bound.output))
-                ExpertsRewriter(canonical, options.batch_invariant).fuse(bound)
+                bound = _fuse_experts(canonical, proved, options)
         except Refusal as refusal:
-            report.blocks.append(_not_fused(region, [refusal], bound))
+            report.blocks.append(_not_fused(region, [refusal], proved))
             continue
         moe, router_reason = _fuse_router(canonical, bound, report, options)
         report.blocks.append(
@@ -191,6 +191,19 @@ def _fuse_region(
                 shapes=_shapes(bound),
             )
         )
+
+
+def _fuse_experts(canonical: Canonical, proved: Bound, options: Options) -> Bound:
+    """Returns what was fused: ``proved``, or more than that.  Raises Refusal."""
+    check_support(proved, canonical.source_of(proved.output))
+    rewriter = ExpertsRewriter(canonical, options.batch_invariant)
+    if (more := weighted(proved)) is not None:
+        with contextlib.suppress(Refusal):
+            check_support(more, canonical.source_of(more.output))
+            rewriter.fuse(more)
+            return more
+    rewriter.fuse(proved)
+    return proved
 
 
 def _prove_blocks(

@@ -41,12 +41,14 @@ class Remake:
     """holder: the Dynamo node that holds the value of a normal-form node where the block is to stand, or None.
 
     read: the Dynamo nodes that what is made will read.
+    made: those that were made, by the normal-form node that they are worth.
     """
 
     def __init__(self, canonical: Canonical, holder: Holder) -> None:
         self.canonical = canonical
         self.holder = holder
         self.read: list[fx.Node] = []
+        self.made: dict[fx.Node, fx.Node] = {}
         self._at_hand: dict[fx.Node, fx.Node] = {}
         self._views: dict[fx.Node, fx.Node] = {}
 
@@ -93,14 +95,12 @@ class Remake:
             view = self._views[node]
             made = graph.call_method("reshape", (view, [-1, *value(node).shape[1:]]))
             finish(made, view)
-            self._at_hand[node] = made
-            return made
+            return self._keep(node, made)
         if (constant := self._constant(node)) is not None:
             held = self._at_hand[constant]
             made = graph.call_method(*_reshape(node, constant, held))
             finish(made, held)
-            self._at_hand[node] = made
-            return made
+            return self._keep(node, made)
         args, kwargs = fx.map_arg(
             (node.args, dict(node.kwargs)), lambda a: self.emit(graph, a, finish)
         )
@@ -111,7 +111,10 @@ class Remake:
             assert callable(node.target)
             made = graph.call_function(node.target, tuple(args), kwargs)
         finish(made, next(iter(made.all_input_nodes), made))
-        self._at_hand[node] = made
+        return self._keep(node, made)
+
+    def _keep(self, node: fx.Node, made: fx.Node) -> fx.Node:
+        self._at_hand[node] = self.made[node] = made
         return made
 
     def _held_view(self, node: fx.Node) -> fx.Node | None:
