@@ -84,6 +84,15 @@ def propose_routers(
     raise Refusal(Code.ROUTER, f"router not recognised ({names})", where)
 
 
+def before_drops(bound: Bound) -> Bound:
+    """The block as its router sees it, where some of the chosen are dropped afterwards: ``where(kept, ids, -1)``."""
+    ids = unviewed(bound.topk_ids)
+    if ids.target is not torch.ops.aten.where.ScalarOther or ids.args[2] != -1:
+        return bound
+    assert isinstance(ids.args[1], fx.Node)
+    return dataclasses.replace(bound, topk_ids=ids.args[1])
+
+
 def _bind(
     bound: Bound,
     spelling: RouterSpelling,

@@ -24,7 +24,7 @@ from moe_inductor.match.api import (
 from moe_inductor.match.bind import Bound
 from moe_inductor.match.diagnose import diagnose
 from moe_inductor.match.experts import propose
-from moe_inductor.match.router import propose_routers
+from moe_inductor.match.router import before_drops, propose_routers
 from moe_inductor.match.weighted import weighted
 from moe_inductor.prove.assumptions import Assumed, prove_assumptions
 from moe_inductor.prove.fork import prove_fork, take_first_way
@@ -242,6 +242,7 @@ def _fuse_router(
     if canonical.router_refusal is not None:
         return bound.moe, canonical.router_refusal.reason
     refused: list[Refusal] = []
+    bound = before_drops(bound)
     try:
         with _timed(report, "match"):
             candidates = propose_routers(canonical, bound, spellings(RouterSpelling))

@@ -28,43 +28,46 @@ class RouterRewriter(Rewriter):
     def fuse(self, bound: Bound, router: BoundRouter) -> fx.Node:
         """Replace topk_weights and topk_ids by one call of ``topk_routing``.  Raises Refusal(ROUTER, MUTATION)."""
         assert bound.topk_weights is not None  # such a router is not proposed
-        held = {
-            i: self.holders(node) or self._holders_of_view(node)  # [B, S, k] is as good
-            for i, node in enumerate((bound.topk_weights, bound.topk_ids))
-        }
-        start = min(self.order[h] for hs in held.values() for h in hs)
+        held = [self._held(node) for node in (bound.topk_weights, bound.topk_ids)]
+        start = min(self.order[group[0]] for groups in held for group in groups)
         inputs = [n if self.holders(n) else unviewed(n) for n in router.inputs()]
         operands = [self._readable(n, start - 1) for n in inputs]
-        rules = {
-            i: self._takes_over(hs, max(map(self.order.__getitem__, operands)))
-            for i, hs in held.items()
-        }
-        replaced = lambda reader, node: any(rule(reader, node) for rule in rules.values())  # noqa: E731
+        logits = operands[0]
+        for groups in held:
+            groups[:] = [g for g in groups if _can_be_shaped(g[0], logits)] or groups[:1]
+        holders = [h for groups in held for group in groups for h in group]
+        replaced = self._takes_over(holders, max(map(self.order.__getitem__, operands)))
         keep = needed(self.canonical.region, replaced)
         self._keep_operands(keep, operands)
         root = self.canonical.region.root
         if root in keep:
             raise Refusal(Code.ROUTER, "the top-k is also read in another form", location(root))
         if router.spelling.unordered(router.facts):
-            self._order_is_not_read(held, rules, keep)
+            self._order_is_not_read(holders, replaced, keep)
+        if not all(_can_be_shaped(holder, logits) for holder in holders):
+            words = "the tokens have other dimensions than in the logits"
+            raise Refusal(Code.ROUTER, words, location(holders[0]))
         with self.graph.inserting_before(self._router_starts(operands, start)):
-            matrix = self._matrix(operands[0], bound.moe.experts.num_choices)
+            matrix = self._matrix(logits, bound.moe.experts.num_choices)
             call = self.graph.call_function(ROUTING, *_arguments(router.router, matrix, operands))
-            self._finish(call, operands[0])
-            parts = [self.graph.call_function(operator.getitem, (call, i)) for i in range(2)]
-            for i, part in enumerate(parts):
-                self._finish(part, held[i][0] if held[i] else call)
-            outputs = [self._shaped(part, held[i], operands[0]) for i, part in enumerate(parts)]
-        for i, new in enumerate(outputs):
-            self._redirect(held[i], new, rules[i])
+            self._finish(call, logits)
+            made: list[tuple[list[fx.Node], fx.Node]] = []
+            for i, groups in enumerate(held):
+                part = self.graph.call_function(operator.getitem, (call, i))
+                self._finish(part, groups[0][0] if groups else call)
+                made += ((group, self._shaped(part, group[0], logits)) for group in groups)
+        for group, new in made:
+            self._redirect(group, new, replaced)
+            if not new.users and name_of(new) == "reshape":  # its readers were the model's router
+                self.graph.erase_node(new)
         erase_unneeded(self.canonical.region, keep)
         return call
 
-    def _holders_of_view(self, node: fx.Node) -> list[fx.Node]:
-        """Of what ``node`` is a view of, or of what is a view of it."""
-        views = [n for n in node.users if n.target is torch.ops.aten.view.default]
-        found = (self.holders(n) for n in (unviewed(node), *views))
-        return next(filter(None, found), [])
+    def _held(self, node: fx.Node) -> list[list[fx.Node]]:
+        """Who holds ``node``, and who each view of it: [B, S, k], or [T] for k = 1, are as good."""
+        base = unviewed(node)
+        views = [n for n in base.users if n.target is torch.ops.aten.view.default]
+        return [held for n in dict.fromkeys((node, base, *views)) if (held := self.holders(n))]
 
     def _router_starts(self, operands: list[fx.Node], start: int) -> fx.Node:
         """Where the router of the model starts, under the grad mode that its weights are computed under."""
@@ -80,13 +83,11 @@ class RouterRewriter(Rewriter):
             Code.GRAD_STATE, "the router mixes grad modes", location(self.canonical.region.root)
         )
 
-    def _order_is_not_read(
-        self, held: dict[int, list[fx.Node]], rules: dict[int, Any], keep: set[fx.Node]
-    ) -> None:
+    def _order_is_not_read(self, holders: list[fx.Node], replaced: Any, keep: set[fx.Node]) -> None:
         """A top-k that need not sort leaves the order of the k experts open, and ours is another one.  The sum over
         them does not have any: the fused experts, through views and casts, may be the only ones who read it."""
         gone = set(self.canonical.region.nodes) - keep
-        todo = [r for i, hs in held.items() for h in hs for r in h.users if rules[i](r, h)]
+        todo = [r for h in holders for r in h.users if replaced(r, h)]
         while todo:
             reader = todo.pop()
             if reader in gone or reader.target is EXPERTS or is_summed(reader):
@@ -99,24 +100,29 @@ class RouterRewriter(Rewriter):
                 )
             todo += reader.users
 
-    def _shaped(self, node: fx.Node, holders: list[fx.Node], logits: fx.Node) -> fx.Node:
-        """``node`` [T, k] as the model holds it: the tokens may have two dimensions, and top-1 may have none for k."""
-        if not holders or value(holders[0]).dim() == 2:
+    def _shaped(self, node: fx.Node, holder: fx.Node, logits: fx.Node) -> fx.Node:
+        """``node`` [T, k] as the model holds it."""
+        if same_sizes(value(holder).shape, value(node).shape):
             return node
-        *tokens, last = value(holders[0]).shape
-        shape: tuple[Any, ...] = (-1,)
-        if tokens:
-            if len(tokens) != 2 or not same_sizes(value(logits).shape[:-1], tokens):
-                words = "the tokens have other dimensions than in the logits"
-                raise Refusal(Code.ROUTER, words, location(holders[0]))
-            length = tokens[1]
-            if not isinstance(length, int):
-                length = self.graph.call_method("size", (logits, 1))
-                self._finish(length, logits)
-            shape = (-1, length, last)
-        new = self.graph.call_method("reshape", (node, shape))
-        self._finish(new, holders[0])
+        sizes: list[Any] = _sizes(holder)
+        if sizes.count(-1) > 1:
+            sizes[1] = self.graph.call_method("size", (logits, 1))
+            self._finish(sizes[1], logits)
+        new = self.graph.call_method("reshape", (node, tuple(sizes)))
+        self._finish(new, holder)
         return new
+
+
+def _sizes(holder: fx.Node) -> list[int]:
+    return [size if isinstance(size, int) else -1 for size in value(holder).shape]
+
+
+def _can_be_shaped(holder: fx.Node, logits: fx.Node) -> bool:
+    """At most one size is not known, or two of which the logits [B, S, E] have the second."""
+    shape, unknown = value(holder).shape, _sizes(holder).count(-1)
+    return unknown <= 1 or (
+        unknown == 2 and len(shape) == 3 and same_sizes(shape[:2], value(logits).shape[:-1])
+    )
 
 
 def _arguments(

@@ -41,6 +41,20 @@ class Switch(Block):
         return weights * y
 
 
+class Capacity(Switch):
+    """No more than so many tokens for an expert, the first ones, and the ids as a result of their own."""
+
+    def forward(self, x):
+        scores = self.router(x.view(3, T // 3, H)).softmax(-1)
+        ids = scores.argmax(-1)
+        mask = F.one_hot(ids, E)
+        mask = (mask * (mask.cumsum(-2) <= 4)).bool().view(T, E)
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            y[mask[:, e]] = expert(x[mask[:, e]])
+        return scores.max(-1).values.view(T, 1) * y, ids.double()
+
+
 class AlsoRead(Switch):
     """What the experts give is a result of its own as well."""
 
@@ -117,6 +131,7 @@ class InTurns(Rows):
     ("build", "inside"),
     [
         (Switch, True),
+        (Capacity, True),
         (Rows, True),
         (AlsoRead, False),
         (OfTokens, False),
