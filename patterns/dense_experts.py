@@ -11,7 +11,7 @@ token did not choose makes that token's result a NaN in eager, and leaves it alo
 """
 
 import torch
-from moe_inductor.patterns import _blocks, _picked
+from moe_inductor.patterns import _blocks, _dispatched, _picked
 from moe_inductor.patterns._blocks import HIDDEN, NUM_EXPERTS
 from torch.nn import functional as F
 
@@ -464,6 +464,7 @@ DENSE_EXPERTS = ExpertsSpelling(
         Sample(name="einsum_of_three", build=Thrice, brief=True),
         Sample(name="einsum_hidden_scored", build=HiddenScored, brief=True),
         *_picked.STACKED,
+        *_dispatched.STACKED,
         *(
             Sample(name=f"einsum_{name}", build=block, brief=True)
             for name, block in _blocks.variants(Einsums)
@@ -476,6 +477,7 @@ DENSE_EXPERTS = ExpertsSpelling(
         ),
     ),
     near_misses=(
+        *_dispatched.NEAR_STACKED,
         *(
             NearMiss(name=n, build=b, code=c)
             for n, b, c in _blocks.near_variants(Dense)

@@ -8,7 +8,7 @@ assumed about infinities and NaNs.
 """
 
 import torch
-from moe_inductor.patterns import _blocks, _picked
+from moe_inductor.patterns import _blocks, _dispatched, _picked
 from moe_inductor.patterns._blocks import HIDDEN, NUM_EXPERTS
 from torch import nn
 from torch.nn import functional as F
@@ -316,9 +316,11 @@ DENSE_LOOP = ExpertsSpelling(
         Sample(name="masked_sum", build=MaskedSum, brief=True),
         Sample(name="compared", build=Compared, brief=True),
         *_picked.SAMPLES,
+        *_dispatched.EACH,
     ),
     near_misses=(
         *_picked.NEAR_MISSES,
+        *_dispatched.NEAR_EACH,
         NearMiss(name="scores_not_zero", build=NonzeroFill, code="PROOF"),
         NearMiss(name="sigmoid_of_zeros", build=SigmoidOfZeros, code="PROOF"),
         NearMiss(name="softmax_of_zeros", build=SoftmaxOfZeros, code="SPELLING"),

@@ -106,7 +106,7 @@ def _until_summed(product: fx.Node) -> list[fx.Node]:
 
 
 def _buffer(graph: fx.Graph) -> Refusal | None:
-    """Experts that take turns at a tensor [E, T, H] (nllb_moe)."""
+    """Experts that take turns at a tensor [E, T, H] (nllb_moe), of which ``region/buffers.py`` has left something."""
     for node in graph.nodes:
         if node.target is not aten.select_scatter.default or not is_floating(node):
             continue

@@ -31,9 +31,11 @@ from moe_inductor.match.loop import MLP, Group, Iteration, group_iterations
 from moe_inductor.match.pieces import PROJECTIONS, Pieces, Shapes, experts_pieces, unviewed
 from moe_inductor.match.widened import widened
 from moe_inductor.reasons import Code, Refusal
+from moe_inductor.region.buffers import is_part
 from moe_inductor.region.canonical import Canonical, Folded
+from moe_inductor.region.distinct import are_distinct, kept_of
 from moe_inductor.region.nodes import location, name_of, same_sizes, value
-from moe_inductor.region.rows import are_distinct, hits, kept_of
+from moe_inductor.region.rows import hits
 from moe_inductor.unit import parse
 
 # How many operators to look at between the experts and the sum over them.
@@ -80,6 +82,8 @@ def _replaced_rows(canonical: Canonical) -> Iterator[Refusal]:
             continue
         if value(of_expert[0]).shape[-1] == 1:
             continue  # a spelling of its own
+        if is_part(node):
+            continue  # nothing has been there
         words = "rows of a token that has several experts are replaced, not added"
         yield Refusal(Code.ACCUMULATOR, words, location(node))
 
@@ -235,6 +239,8 @@ class _Attempt:
             raise Refusal(Code.SPELLING, "ids may be out of range", location(group.output))
         if self.spelling.dense and weight_on == "input":
             _zero_gives_zero(moe, group)
+        if self.spelling.keeps_tokens and is_part(group.output):
+            raise Refusal(Code.SPELLING, "", location(group.output))
         if self.spelling.keeps_tokens and moe.top_k != 1:
             words = "rows of a token that has several experts are replaced, not added"
             raise Refusal(Code.ACCUMULATOR, words, location(group.output))

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from moe_inductor.region.distinct import are_distinct, chosen_from, kept_of
 from moe_inductor.region.nodes import is_integral, node_arg, origin_of, same_sizes, uncast, value
 from moe_inductor.region.normalise import Emitter, cast, row_of, rule
-from moe_inductor.region.rows import are_distinct, chosen_from, hits, index_of, kept_of
+from moe_inductor.region.rows import hits, index_of
 from moe_inductor.region.sparse import scattered
 
 aten = torch.ops.aten

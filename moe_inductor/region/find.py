@@ -390,6 +390,7 @@ def _grow(
             members.add(node)
 
     _add_router(root, members)
+    _add_earlier_choices(graph, root, members)
     _add_operands(members)
     # The ids may be an input of the graph.
     nodes = [n for n in graph.nodes if n in members and n.op != "placeholder"]
@@ -538,6 +539,28 @@ def _best_scores(argmax: fx.Node) -> set[fx.Node]:
                 found.add(user)
                 todo.append(user)
     return found
+
+
+def _add_earlier_choices(graph: fx.Graph, root: fx.Node, members: set[fx.Node]) -> None:
+    """What is made of an earlier choice of the same router and read by the region: first choices, where ``root`` is the
+    second one, with their masks and weights."""
+    chosen = {n for n in members if n is not root and n.op.startswith("call") and _is_root(n)}
+    dirty: set[int] = set()
+    for node in graph.nodes if chosen else ():
+        if not node.op.startswith("call") or name_of(node) in _GEMMS or has_unbacked(node):
+            continue
+        if any(a in chosen or storages(a) & dirty for a in node.all_input_nodes):
+            chosen.add(node)
+            dirty |= {s for target in mutated(node) for s in storages(target)}
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node not in chosen or node in members or _runs_a_graph(node):
+            continue
+        reached = (node, *mutated(node))
+        if any(u in members or u in found for n in reached for u in n.users if u is not node):
+            found.add(node)
+    if len(found) <= _ROUTER_LIMIT:
+        members |= found
 
 
 def mutated_by(node: fx.Node) -> list[fx.Node]:

@@ -57,7 +57,7 @@ def fold(region: Region, guards: Mapping[fx.Node, Sequence[fx.Node]]) -> Fold | 
     guards: tensors that decide whether an addition is made, and that belong to its pass as well.
     """
     steps = sum_steps(region)
-    if len(steps) < _FEWEST or not _one_sum(steps):
+    if len(steps) < _FEWEST or not _one_sum(steps) or any(map(_is_part, steps)):
         return None
     members = set(region.nodes)
     passes = _passes(steps, guards, members)
@@ -124,6 +124,12 @@ def _one_sum(steps: list[fx.Node]) -> bool:
     same = all(s.args[0] is steps[0].args[0] for s in steps)
     chain = all(b.args[0] is a for a, b in itertools.pairwise(steps))
     return same or chain
+
+
+def _is_part(step: fx.Node) -> bool:
+    """Is it an expert's own part of a tensor that is written, ``xs[e, token] = y``?  All parts have to be seen."""
+    index = step.args[1] if name_of(step) == "setitem" else None
+    return isinstance(index, (tuple, list)) and any(type(i) is int for i in index)
 
 
 def _is_cut_off(node: fx.Node) -> bool:

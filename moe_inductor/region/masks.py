@@ -15,6 +15,7 @@ from torch import fx
 
 from moe_inductor.region.axes import Atom, Axes, axes_of
 from moe_inductor.region.counts import fill_of
+from moe_inductor.region.distinct import are_distinct
 from moe_inductor.region.nodes import (
     STATES,
     is_integral,
@@ -25,7 +26,6 @@ from moe_inductor.region.nodes import (
     written,
 )
 from moe_inductor.region.positive import is_positive
-from moe_inductor.region.rows import are_distinct
 from moe_inductor.region.sums import Dims, Factor, Letters, Sum, Term, Unread, fitted
 
 aten = torch.ops.aten

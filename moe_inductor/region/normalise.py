@@ -505,7 +505,12 @@ def _select(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 
 def row_of(out: Emitter, base: fx.Node, dim: int, index: Any, made: Any, origin: str | None) -> Any:
     """select(x [.., 1, ..], d, 0) = view(x, ..) for what is computed; a weight's experts are selected, be there one
-    select(view(x, s), d, i) = view(select(x, d, i), ..) where the view keeps the dimensions up to d"""
+    select(view(x, s), d, i) = view(select(x, d, i), ..) where the view keeps the dimensions up to d
+    select(stack(xs, d), d, i) = xs[i]"""
+    if base.target is aten.stack.default and type(index) is int:
+        parts, at = (*base.args, 0)[:2]
+        if at == dim and 0 <= index < len(parts):  # type: ignore[arg-type]
+            return parts[index]  # type: ignore[index]
     if base.target is aten.view.default:
         inner = node_arg(base, 0)
         leading = value(inner).shape[: dim + 1]
@@ -682,6 +687,8 @@ def arithmetic(
     )
     if target in _COMMUTATIVE and rank_b < rank_a:
         a, b = b, a
+    if target is aten.mul.Tensor:
+        a = _dispatched.unmasked(out, a, b) or a
     return out.emit(target, (a, b), {}, made, origin)
 
 
@@ -790,9 +797,12 @@ def _key(item: Any) -> Any:
 
 
 # They register their rules, with what stands above.
+from moe_inductor.region import buffers as _buffers  # noqa: E402, F401
 from moe_inductor.region import columns as _columns  # noqa: E402, F401
+from moe_inductor.region import dispatched as _dispatched  # noqa: E402
 from moe_inductor.region import einsums as _einsums  # noqa: E402, F401
 from moe_inductor.region import groups as _groups  # noqa: E402, F401
+from moe_inductor.region import joined as _joined  # noqa: E402, F401
 from moe_inductor.region import maps as _maps  # noqa: E402, F401
 from moe_inductor.region import one_batch as _one_batch  # noqa: E402
 from moe_inductor.region import operands as _operands  # noqa: E402, F401

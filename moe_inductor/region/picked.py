@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from moe_inductor.region.distinct import are_distinct, kept_of
 from moe_inductor.region.nodes import is_tensor, node_arg, origin_of, same_sizes, value
 from moe_inductor.region.normalise import Emitter, rule
-from moe_inductor.region.rows import are_distinct, kept_of
 
 aten = torch.ops.aten
 

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from moe_inductor.region.axes import axes_of
+from moe_inductor.region.distinct import chosen_from, kept_of
 from moe_inductor.region.einsums import is_of_experts
 from moe_inductor.region.nodes import (
     is_floating,
@@ -26,7 +27,6 @@ from moe_inductor.region.nodes import (
     value,
 )
 from moe_inductor.region.normalise import Emitter, arithmetic, cast, rule
-from moe_inductor.region.rows import chosen_from, kept_of
 from moe_inductor.region.sparse import matrix_of, scattered
 from moe_inductor.region.stacks import chain
 

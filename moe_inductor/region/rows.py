@@ -7,13 +7,13 @@ an expert.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
+from moe_inductor.region.distinct import are_distinct, kept_of
 from moe_inductor.region.nodes import is_one, node_arg, same_sizes, uncast, value
 from moe_inductor.region.normalise import Emitter, arithmetic, row_of, rule
 from moe_inductor.region.unsorting import is_of_one_expert
@@ -346,49 +346,6 @@ def occur_once(rows: fx.Node) -> bool:
         return are_distinct(found[0])
     listed = node_arg(rows, 0) if rows.target is aten.view.default else rows
     return listed.target is aten.nonzero.default and value(node_arg(listed, 0)).dim() == 1
-
-
-def are_distinct(ids: fx.Node, below: Any = None) -> bool:
-    """Are the ids [.., k] of a token all different, and in ``[0, below)``, apart from negative ones?"""
-    ids = kept_of(ids)
-    if below is None and value(ids).shape[-1] == 1:
-        return True
-    while ids.target is aten.view.default and _keeps_last(ids):
-        ids = node_arg(ids, 0)
-    source = chosen_from(ids)
-    if source is None:
-        return False
-    scores, dim = source
-    return below is None or same_sizes([value(scores).shape[dim]], [below])
-
-
-def kept_of(ids: fx.Node) -> fx.Node:
-    """``ids`` where some have been replaced by -1."""
-    while ids.target is aten.where.ScalarOther and ids.args[2] == -1:
-        ids = node_arg(ids, 1)
-    return ids
-
-
-def _keeps_last(view: fx.Node) -> bool:
-    return same_sizes(value(view).shape[-1:], value(node_arg(view, 0)).shape[-1:])
-
-
-def chosen_from(ids: fx.Node) -> tuple[fx.Node, int] | None:
-    """(scores, dim) of a top-k along the last dimension, or of an argmax, whose positions ``ids`` are."""
-    if ids.target is aten.view.default and value(ids).shape[-1] == 1:
-        ids = node_arg(ids, 0)
-    pack = ids.args[0] if ids.target is operator.getitem and ids.args[1] == 1 else ids
-    if not isinstance(pack, fx.Node):
-        return None
-    args: list[Any] = [*pack.args]
-    if pack.target is aten.topk.default:
-        dim = args[2] if len(args) > 2 else -1
-    elif pack.target in (aten.argmax.default, aten.max.dim) and len(args) > 1:
-        dim = args[1]
-    else:
-        return None
-    rank = value(args[0]).dim()
-    return (args[0], dim % rank) if dim % rank == rank - 1 else None
 
 
 def index_chain(node: fx.Node) -> Iterator[fx.Node]:

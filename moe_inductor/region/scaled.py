@@ -5,6 +5,8 @@
 The uniform spelling has it behind the projection.  With a bias there the two are not the same, and the product of rows
 that come straight from the tokens stays: that is a weight on the input, and who has one
 may scale by ones afterwards.
+
+A constant that scales a row as well, ``1 - dropout`` for one, belongs to its weight: ``(y c) s = y (s c)``.
 """
 
 from __future__ import annotations
@@ -67,6 +69,61 @@ def _depends(node: fx.Node, on: fx.Node) -> bool:
             seen.add(at)
             todo += at.all_input_nodes
     return False
+
+
+@rule(aten.mul.Tensor, first=True)
+def _by_constant(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node | None:
+    """(y c) s = (y s) c = y (s c) for a column s of gathered weights and a number c"""
+    made, origin = value(node), node.meta.get("stack_trace")
+    if kwargs or len(args) != 2 or not isinstance(args[0], fx.Node):
+        return None
+    if isinstance(args[1], (int, float)):
+        product, number, s = args[0], args[1], None
+        if product.target is not aten.mul.Tensor or not all(
+            isinstance(a, fx.Node) for a in product.args
+        ):
+            return None
+        y, s = product.args if is_column(product.args[1]) else product.args[::-1]
+    else:
+        product, s = args if is_column(args[1]) else args[::-1]
+        if not isinstance(product, fx.Node) or product.target is not aten.mul.Tensor:
+            return None
+        y, number = product.args
+    if not isinstance(y, fx.Node) or not isinstance(number, (int, float)):
+        return None
+    if not is_column(s) or not out.same_shape(value(y), made) or not follows_a_projection(y):
+        return None
+    scaled = _times(out, s, number, made.dtype, origin)
+    if scaled is None:
+        return None
+    wide = torch.empty_like(made, dtype=torch.promote_types(value(scaled).dtype, made.dtype))
+    return cast(out, arithmetic(out, aten.mul.Tensor, y, scaled, wide, origin), made, origin)
+
+
+def _times(
+    out: Emitter, column: fx.Node, number: float, dtype: torch.dtype, origin: str | None
+) -> fx.Node | None:
+    """s c, where rows of the weights are gathered to make s: before that, and with as many bits as ``dtype`` has, or
+    32, so that it is not rounded once more for every row."""
+    if column.target is aten.index.Tensor:
+        base, indices = node_arg(column, 0), column.args[1]
+        wide = torch.promote_types(torch.promote_types(value(base).dtype, dtype), torch.float32)
+        if not value(base).dtype.is_floating_point or value(base).dim() > 2:
+            return None
+        made = torch.empty_like(value(base), dtype=wide)
+        scaled = cast(out, base, made, origin)
+        scaled = out.apply(aten.mul.Tensor, (scaled, number), {}, made, origin)
+        gathered = torch.empty_like(value(column), dtype=wide)
+        return out.emit(aten.index.Tensor, (scaled, indices), {}, gathered, origin)
+    if column.target is aten.view.default:
+        inner = _times(out, node_arg(column, 0), number, dtype, origin)
+        if inner is None:
+            return None
+        made = torch.empty_like(value(column), dtype=value(inner).dtype)
+        return out.view(inner, made, origin)
+    if column.target is aten._to_copy.default:
+        return _times(out, node_arg(column, 0), number, dtype, origin)
+    return None
 
 
 @rule(aten.mul.Tensor, first=True)

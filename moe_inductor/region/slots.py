@@ -119,6 +119,8 @@ def block_of(read: Reader, one: fx.Node, other: fx.Node) -> Block | None:
         return None
     (y,) = ys
     e, h = (dims[0] if len(dims) == 1 else None for dims in (y.dims[0], y.dims[2]))
+    if all(f.hit in (None, e) for t in made.terms for f in t.factors):
+        return None  # weighted by routing scores: every expert has all tokens
     terms = [_split(t, y, e) for t in made.terms]
     if e is None or h is None or h not in made.letters or not all(terms):
         refuse(SPELLING + "what they are weighted by is not read", where, Code.SPELLING)

@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from moe_inductor._compat import OpOverload
+from moe_inductor.region.distinct import are_distinct
 from moe_inductor.region.nodes import (
     is_one,
     node_arg,
@@ -28,7 +29,6 @@ from moe_inductor.region.nodes import (
     value,
 )
 from moe_inductor.region.normalise import RESHAPES, Emitter, arithmetic, cast, rule
-from moe_inductor.region.rows import are_distinct
 
 aten = torch.ops.aten
 
@@ -87,12 +87,12 @@ def scattered(
     """``scores``: a node, or a number for all."""
     kept = {"dtype": made.dtype, "device": made.device}
     base = out.emit(aten.full.default, (out.sizes(made), fill), kept, made, origin)
-    scores = _spread(out, ids, scores, made.dtype, origin)
+    scores = spread(out, ids, scores, made.dtype, origin)
     dim = made.dim() - 1
     return out.emit(aten.scatter.src, (base, dim, ids, scores), {}, made, origin)
 
 
-def _spread(
+def spread(
     out: Emitter, ids: fx.Node, scores: Any, dtype: torch.dtype, origin: str | None
 ) -> fx.Node:
     """``scores`` as a node [.., k]."""
@@ -107,7 +107,7 @@ def _picked(out: Emitter, matrix: fx.Node, ids: fx.Node, origin: str | None) -> 
     """``matrix [.., E]`` at ``ids``; gather(scatter(.., ids, w), ids) = w"""
     found = matrix_of(matrix)
     if found is not None and found.ids is ids:
-        return _spread(out, ids, found.scores, value(matrix).dtype, origin)
+        return spread(out, ids, found.scores, value(matrix).dtype, origin)
     dim = value(matrix).dim() - 1
     val = torch.empty_like(value(ids), dtype=value(matrix).dtype)
     return out.emit(aten.gather.default, (matrix, dim, ids), {}, val, origin)
@@ -124,7 +124,7 @@ def _scatter_number(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> A
         return None
     made, origin = value(node), node.meta.get("stack_trace")
     number = 0 if number == 0 and made.dtype != torch.bool else number
-    scores = _spread(out, ids, number, made.dtype, origin)
+    scores = spread(out, ids, number, made.dtype, origin)
     return out.emit(aten.scatter.src, (base, dim, ids, scores), {}, made, origin)
 
 
@@ -134,7 +134,7 @@ def _gather(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     found = matrix_of(args[0])
     if found is None or args[1] != value(args[0]).dim() - 1 or found.ids is not args[2]:
         return None
-    return _spread(out, found.ids, found.scores, value(node).dtype, node.meta.get("stack_trace"))
+    return spread(out, found.ids, found.scores, value(node).dtype, node.meta.get("stack_trace"))
 
 
 def pointwise(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
@@ -224,7 +224,7 @@ def _scaled(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         if found.scores is True or (found.scores == 1 and node.target is aten.mul.Tensor):
             scores = _as(out, factor, val, origin)
         else:
-            own = _spread(out, found.ids, found.scores, value(source).dtype, origin)
+            own = spread(out, found.ids, found.scores, value(source).dtype, origin)
             scores = arithmetic(out, node.target, own, factor, val, origin)
         return scattered(out, 0, found.ids, scores, made, origin)
     return None

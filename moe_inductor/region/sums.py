@@ -17,8 +17,8 @@ import torch
 from torch import fx
 
 from moe_inductor.region.axes import Atom, same_extent
+from moe_inductor.region.distinct import are_distinct
 from moe_inductor.region.nodes import value
-from moe_inductor.region.rows import are_distinct
 
 Letters = tuple[Atom, ...]
 Dims = tuple[Letters, ...]
