@@ -13,6 +13,7 @@ from moe_inductor.region.canonical import Canonical
 from moe_inductor.region.find import Region, products_of
 from moe_inductor.region.nodes import (
     is_floating,
+    is_random,
     location,
     name_of,
     node_arg,
@@ -48,6 +49,7 @@ _SUMS = frozenset(
         "index_put_",
     }
 )
+_PARTS = (aten.select_scatter.default, aten.select.int)
 # How many operators a norm and what follows it have at most.
 _AFTER = 24
 
@@ -59,6 +61,7 @@ def diagnose(canonical: Canonical) -> Refusal | None:
         kept_by_threshold(region.nodes)
         or beyond_threshold(region.nodes)
         or _norm(region)
+        or _random(canonical.graph)
         or _buffer(canonical.graph)
         or _bias_not_scaled(canonical.graph)
         or _slots(canonical)
@@ -105,13 +108,25 @@ def _until_summed(product: fx.Node) -> list[fx.Node]:
     return found
 
 
+def _random(graph: fx.Graph) -> Refusal | None:
+    """Random numbers between an expert's last projection and the sum over the experts: dropout, in training."""
+    for node in graph.nodes:
+        rows = node.args[0] if is_random(node.target) and node.args else None
+        if isinstance(rows, fx.Node) and is_floating(rows) and follows_a_projection(rows):
+            words = f"`{name_of(node)}` draws random numbers for what an expert has computed"
+            return Refusal(Code.SPELLING, words, location(node))
+    return None
+
+
 def _buffer(graph: fx.Graph) -> Refusal | None:
     """Experts that take turns at a tensor [E, T, H] (nllb_moe), of which ``region/buffers.py`` has left something."""
     for node in graph.nodes:
         if node.target is not aten.select_scatter.default or not is_floating(node):
             continue
         part = node.args[1]
-        if value(node).dim() == 3 and isinstance(part, fx.Node) and name_of(part) == "index_put":
+        is_read = any(u.op != "output" and u.target not in _PARTS for u in node.users)
+        is_put = isinstance(part, fx.Node) and name_of(part) == "index_put"
+        if value(node).dim() == 3 and is_put and is_read:
             words = (
                 "experts read their tokens from a tensor [E, T, H], put their results there and it is summed over E: "
                 "that what they do not put there is zero is not proved"

@@ -32,7 +32,8 @@ aten = torch.ops.aten
 
 def _place(scatter: fx.Node) -> tuple[int, Any]:
     """d and i of ``select_scatter(m, v, d, i)``, none of them negative where they are known."""
-    dim, i = scatter.args[2:]  # type: ignore[misc]
+    dim: Any = scatter.args[2]
+    i: Any = scatter.args[3]
     size = value(scatter).shape[dim]
     return dim % value(scatter).dim(), i + size if type(i) is type(size) is int and i < 0 else i
 
@@ -106,7 +107,9 @@ def _are_rows(part: fx.Node) -> bool:
     base, indices, _ = part.args
     rows = indices[0] if len(indices) == 1 else None  # type: ignore[arg-type, index]
     is_zero = base.target is aten.full.default and base.args[1] == 0  # type: ignore[union-attr]
-    return is_zero and isinstance(rows, fx.Node) and hits(rows) is not None and occur_once(rows)
+    return (
+        bool(is_zero) and isinstance(rows, fx.Node) and hits(rows) is not None and occur_once(rows)
+    )
 
 
 # -- tokens that a mask has set to zero -------------------------------------------------------------------------------

@@ -112,7 +112,9 @@ def _unviewed(node: fx.Node) -> fx.Node:
 def _excluded(scores: fx.Node) -> Iterator[fx.Node]:
     """Ids [.., k] at which ``scores [.., E]`` are below all others."""
     args: Any = scores.args
-    mask = low = rest = None
+    mask: Any = None
+    low: Any = None
+    rest: Any = None
     if scores.target is aten.masked_fill.Scalar:
         rest, mask, low = args
     elif scores.target in (aten.where.ScalarSelf, aten.where.self):

@@ -28,22 +28,20 @@ def _joined(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         return None
     if (node.target is aten.add.Tensor) is (made.dtype == torch.bool):
         return None
-    found = [matrix_of(a) for a in args]
-    if None in found or any(value(a).dtype != made.dtype for a in args):
+    found = [m for a in args if (m := matrix_of(a)) is not None and m.fill == 0]
+    if len(found) != 2 or any(value(a).dtype != made.dtype for a in args):
         return None
-    if any(m.fill != 0 for m in found) or not same_sizes(
-        value(args[0]).shape, value(args[1]).shape
-    ):  # type: ignore[union-attr]
+    if not same_sizes(value(args[0]).shape, value(args[1]).shape):
         return None
     for first, second in (found, found[::-1]):
-        parts = [*_each(first.ids), *_each(second.ids)]  # type: ignore[union-attr]
+        parts = [*_each(first.ids), *_each(second.ids)]
         ids = _side_by_side(out, parts, origin)
         if not are_distinct(ids, made.shape[-1]):
             continue
-        numbers = [m.scores for m in (first, second)]  # type: ignore[union-attr]
+        numbers = [m.scores for m in (first, second)]
         if numbers[0] == numbers[1] and not isinstance(numbers[0], fx.Node):
             return scattered(out, 0, ids, numbers[0], made, origin)
-        scores = [spread(out, m.ids, m.scores, made.dtype, origin) for m in (first, second)]  # type: ignore[union-attr]
+        scores = [spread(out, m.ids, m.scores, made.dtype, origin) for m in (first, second)]
         columns = [p for s in scores for p in _each(s)]
         return scattered(out, 0, ids, _side_by_side(out, columns, origin), made, origin)
     return None

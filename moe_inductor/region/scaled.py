@@ -91,7 +91,9 @@ def _by_constant(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> fx.N
         y, number = product.args
     if not isinstance(y, fx.Node) or not isinstance(number, (int, float)):
         return None
-    if not is_column(s) or not out.same_shape(value(y), made) or not follows_a_projection(y):
+    if not isinstance(s, fx.Node) or not is_column(s) or not out.same_shape(value(y), made):
+        return None
+    if not follows_a_projection(y):
         return None
     scaled = _times(out, s, number, made.dtype, origin)
     if scaled is None:
