@@ -88,6 +88,15 @@ def _columns(function):
     return lambda self, gate_up: function(gate_up[..., ::2], gate_up[..., 1::2])
 
 
+def _apart(sizes, dim):
+    """``act`` of a block whose first projection's columns are told apart by a view."""
+    return lambda self, gate_up: _silu_gated(*gate_up.unflatten(-1, sizes).unbind(dim))
+
+
+def _silu_gated(gate, up):
+    return F.silu(gate) * up
+
+
 def _alpha_swiglu(gate, up, alpha=1.702, limit=1.5):
     gate = gate.clamp(min=None, max=limit)
     up = up.clamp(min=-limit, max=limit)
@@ -117,6 +126,8 @@ VARIANTS = {
         "act": lambda self, up_gate: up_gate.chunk(2, -1)[0] * F.silu(up_gate.chunk(2, -1)[1])
     },
     "interleaved": {"act": _columns(lambda g, u: F.silu(g) * u)},
+    "interleaved_by_view": {"act": _apart((-1, 2), -1)},
+    "halves_by_view": {"act": _apart((2, -1), -2)},
     "clamp_then_silu": {  # deepseek_v4, glm5_next
         "act": _halves(lambda g, u: F.silu(g.clamp(max=0.5)) * u.clamp(min=-0.5, max=0.5))
     },
@@ -148,6 +159,17 @@ def _other_columns(gate_up):
     return F.silu(gate_up[..., 1::2]) * gate_up[..., 1::2].flip(-1)
 
 
+def _same_column_twice(gate_up):
+    first, _ = gate_up.unflatten(-1, (-1, 2)).unbind(-1)
+    return F.silu(first) * first
+
+
+def _every_fourth(gate_up):
+    """Of four columns two are gates, of which the first belongs to the last."""
+    gate, other, up, last = gate_up.unflatten(-1, (-1, 4)).unbind(-1)
+    return torch.cat((F.silu(gate) * last, F.silu(other) * up), dim=-1)
+
+
 def _rows_mixed(gate_up):
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up.flip(0)
@@ -167,6 +189,8 @@ NEAR_VARIANTS = {
     "masked": (_halves(lambda g, u: torch.where(g > 0, g, 0.0) * u), "ACTIVATION"),
     "rows_mixed": (lambda self, x: _rows_mixed(x), "ACTIVATION"),
     "other_halves": (lambda self, x: _thirds(x), "LAYOUT"),
+    "same_column_twice": (lambda self, x: _same_column_twice(x), "LAYOUT"),
+    "every_fourth": (lambda self, x: _every_fourth(x), "ACTIVATION"),
     "odd_columns_only": (lambda self, x: _other_columns(x), "ACTIVATION"),
     "third_power": (_halves(lambda g, u: F.relu(g) ** 1.5 * u), "ACTIVATION"),
 }

@@ -97,6 +97,57 @@ class Tokens(AnyLoop):
         return mask[e].any(dim=0).sum() > 0
 
 
+class CountedBefore(AnyLoop):
+    """DeepSeek-V3's inference code: how often each expert was chosen is counted before, and read into Python."""
+
+    def counts(self, topk_ids):
+        return torch.bincount(topk_ids.flatten(), minlength=NUM_EXPERTS).tolist()
+
+    def count(self, counts, e):
+        return counts[e]
+
+    def experts(self, x, topk_ids, topk_weights):
+        out, counts = torch.zeros_like(x), self.counts(topk_ids)
+        for e in range(NUM_EXPERTS):
+            if self.count(counts, e) == 0:
+                continue
+            token, slot = torch.where(topk_ids == e)
+            out[token] += self.expert(e, x[token]) * topk_weights[token, slot, None]
+        return out
+
+
+class CountedInTensor(CountedBefore):
+    def counts(self, topk_ids):
+        return torch.nn.functional.one_hot(topk_ids.flatten(), NUM_EXPERTS).sum(dim=0)
+
+
+# -- near misses ------------------------------------------------------------------------------------------------------
+
+
+class NextCount(CountedBefore):
+    def count(self, counts, e):
+        return counts[(e + 1) % NUM_EXPERTS]
+
+
+class LastCountOther(CountedBefore):
+    """Only the last pass is wrong."""
+
+    def count(self, counts, e):
+        return counts[0 if e == NUM_EXPERTS - 1 else e]
+
+
+class CountOfFirst(CountedInTensor):
+    def counts(self, topk_ids):
+        return super().counts(topk_ids[:, :1])
+
+
+class AsOftenAsTheNext(CountedInTensor):
+    """An expert that was chosen as often as the next is left out."""
+
+    def count(self, counts, e):
+        return counts[e] - counts[(e + 1) % NUM_EXPERTS]
+
+
 class NextExpert(AnyLoop):
     def has_tokens(self, mask, e):
         return mask[(e + 1) % NUM_EXPERTS].any()
@@ -191,8 +242,14 @@ CHOSEN_TEST = ChosenSpelling(
         Sample(name="positive", build=Positive),
         Sample(name="unequal", build=Unequal),
         Sample(name="tokens", build=Tokens, brief=True),
+        Sample(name="counted_before", build=CountedBefore),
+        Sample(name="counted_in_tensor", build=CountedInTensor, brief=True),
     ),
     near_misses=(
+        NearMiss(name="next_count", build=NextCount, code="ASSUMPTION"),
+        NearMiss(name="last_count_other", build=LastCountOther, code="ASSUMPTION"),
+        NearMiss(name="count_of_first_choices", build=CountOfFirst, code="ASSUMPTION"),
+        NearMiss(name="as_often_as_the_next", build=AsOftenAsTheNext, code="ASSUMPTION"),
         NearMiss(name="next_expert", build=NextExpert, code="ASSUMPTION"),
         NearMiss(name="first_tokens", build=FirstTokens, code="ASSUMPTION"),
         NearMiss(name="first_slot", build=FirstSlot, code="ASSUMPTION"),

@@ -9,7 +9,14 @@ The most common eager spelling: Mixtral and Qwen of transformers up to 4.51, OLM
 """
 
 import torch
-from moe_inductor.patterns import _blocks, _buffers, _compared_ids, _identities, _mask_loops
+from moe_inductor.patterns import (
+    _blocks,
+    _buffers,
+    _compared_ids,
+    _identities,
+    _limited_rows,
+    _mask_loops,
+)
 from moe_inductor.patterns._blocks import HIDDEN, INTERMEDIATE, NUM_EXPERTS
 from torch import nn
 from torch.nn import functional as F
@@ -660,6 +667,7 @@ EXPERT_LOOP = ExpertsSpelling(
         Sample(name="read_before", build=ReadBefore, brief=True),
         *_mask_loops.SAMPLES,
         *_buffers.SAMPLES,
+        *_limited_rows.SAMPLES,
         *_compared_ids.SAMPLES,
         *_identities.SAMPLES,
         *(Sample(name=name, build=block, brief=True) for name, block in _blocks.variants(Loop)),
@@ -668,6 +676,7 @@ EXPERT_LOOP = ExpertsSpelling(
         *(NearMiss(name=n, build=b, code=c) for n, b, c in _blocks.near_variants(Loop)),
         *_mask_loops.NEAR_MISSES,
         *_buffers.NEAR_MISSES,
+        *_limited_rows.NEAR_MISSES,
         *_compared_ids.NEAR_MISSES,
         *_identities.NEAR_MISSES,
         NearMiss(name="computes_in_double", build=ComputesInDouble, code="DTYPE"),

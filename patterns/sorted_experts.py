@@ -10,7 +10,7 @@ What is sorted, how it is counted, cut and put back is written in many ways.  Th
 """
 
 import torch
-from moe_inductor.patterns import _added_parts, _blocks, _grouped_rows, _permuted_rows
+from moe_inductor.patterns import _added_parts, _blocks, _cut_rows, _grouped_rows, _permuted_rows
 from moe_inductor.patterns._blocks import HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K
 from torch import nn
 from torch.nn import functional as F
@@ -681,6 +681,7 @@ SORTED_EXPERTS = ExpertsSpelling(
         Sample(name="top_one", build=TopOne, brief=True),
         Sample(name="auxiliary_loss", build=AuxiliaryLoss, brief=True),
         *_added_parts.SAMPLES,
+        *_cut_rows.SAMPLES,
         *_grouped_rows.SAMPLES,
         *_permuted_rows.SAMPLES,
         *(Sample(name=name, build=block, brief=True) for name, block in _blocks.variants(Split)),
@@ -689,6 +690,7 @@ SORTED_EXPERTS = ExpertsSpelling(
         *(NearMiss(name=n, build=b, code=c) for n, b, c in _blocks.near_variants(Split)),
         *_OF_WRITTEN,
         *_added_parts.NEAR_MISSES,
+        *_cut_rows.NEAR_MISSES,
         *_grouped_rows.NEAR_MISSES,
         *_permuted_rows.NEAR_MISSES,
         NearMiss(name="not_put_back", build=NotPutBack, code="SPELLING"),

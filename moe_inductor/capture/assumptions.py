@@ -103,14 +103,15 @@ class RolledModules:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NonEmpty:
-    """A test of the data-dependent number ``symbol`` was answered as for a number of at least 1.
+    """A test of the data-dependent ``number`` was answered as for a number of at least 1.
 
-    ``symbol`` is a size, or what ``item()`` or ``tolist()`` made of a tensor.  Right only if it cannot
-    be negative, and what would have been skipped for 0, the one pass, changes nothing at 0.  (Locals
-    that are numbers are not in the pass: that they do not change at 0 is already known.)
+    ``number`` is a size, what ``item()`` or ``tolist()`` made of a tensor, or how far apart two of these
+    are: ``b - a`` for ``b > a``, ``Abs(b - a)`` for ``a != b``.  Right only if it cannot be negative, and
+    what would have been skipped for 0, the one pass, changes nothing at 0.  (Locals that are numbers are
+    not in the pass: that they do not change at 0 is already known.)
     """
 
-    symbol: Any  # sympy.Symbol
+    number: Any  # sympy.Expr
     location: str
     passes: list[Pass] = dataclasses.field(default_factory=list)
 
@@ -162,6 +163,22 @@ class Length:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Padded:
+    """``for n in counts`` was traced ``length`` times, where ``counts`` has as many elements as the largest id says.
+
+    padded: the node ``padded(counts, length)`` (``capture.padded``), whose elements the passes read.  It raises if it
+    is run.  ``passes[e]`` is the pass for the e-th.
+
+    Right only if no counted id is ``length`` or larger, and pass e changes nothing where no id is e.
+    """
+
+    padded: torch.fx.Node
+    length: int
+    location: str
+    passes: list[Pass] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Forked:
     """``if mask.any(): A else: B`` was traced both ways, and what they make was merged.
 
@@ -195,4 +212,4 @@ class Forked:
         return [(a, b) if self.truth else (b, a) for a, b in pairs]  # type: ignore[misc]
 
 
-Assumption = Visited | Rolled | RolledModules | NonEmpty | Tested | Kept | Length | Forked
+Assumption = Visited | Rolled | RolledModules | NonEmpty | Tested | Kept | Length | Padded | Forked

@@ -3,7 +3,8 @@
 Is this the test of an emptiness, and how does it come out for something that is not empty?
 
 ``t.numel() > 0``, ``len(t) == 0``, ``if count:`` on a size or number that depends on the data;
-``mask.any()``, ``(ids == e).sum() == 0``, ``if count:`` on a tensor without dimensions.
+``mask.any()``, ``(ids == e).sum() == 0``, ``if count:`` on a tensor without dimensions;
+``start == end``, ``end > start`` on two of them: from one to the other there is nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import sympy
 import torch
 
 from moe_inductor import _compat
@@ -62,23 +64,31 @@ _NO_OTHERS = _SAME_VALUES | {
     ),
 }
 _COUNTS = {torch.bincount, "bincount"}
+_CUMULATES = {"cumsum", "wrapped_cumsum"}
 _DISTINCT = {torch.unique, torch.Tensor.unique, "unique"}
 _CHOOSES = {torch.topk, "topk", torch.argmax, "argmax"}
 _GROUPS = {"one_hot", "bincount", "histc", "sort", "argsort", "unique", "eq", "isin"}
 
 
 def of_number(condition: Any) -> tuple[Any, bool] | None:
-    """The symbol that ``condition`` tests, and the answer for all its values from 1 on."""
+    """The number that ``condition`` tests, and the answer for all its values from 1 on.
+
+    The number is a symbol, or how far apart two numbers are, ``a - b`` or ``Abs(a - b)``.
+    """
     if isinstance(condition, torch.SymInt):
         condition = condition != 0
     if not isinstance(condition, torch.SymBool):
         return None
     expression, env = condition.node.expr, condition.node.shape_env
     symbols = _compat.free_unbacked_symbols(condition)
-    if len(symbols) != 1 or expression.free_symbols != symbols or not expression.is_Relational:
+    if expression.free_symbols != symbols or not expression.is_Relational:
+        return None
+    if len(symbols) == 2:
+        return _of_two(expression)
+    if len(symbols) != 1:
         return None
     (size,) = symbols
-    other = [side for side in expression.args if side != size]
+    other = [side for side in expression.args if side != size and not _is_limited(side, size)]
     if len(other) != 1 or other[0] not in (0, 1):
         return None
     # Between a number and 0 or 1, a relation that agrees on 1, 2 and 3 agrees from there on.
@@ -87,6 +97,44 @@ def of_number(condition: Any) -> tuple[Any, bool] | None:
     if len(answers) != 1 or bool(expression.subs(size, 0)) in answers:
         return None
     return size, answers.pop()
+
+
+def _is_limited(number: Any, size: Any) -> bool:
+    """Is ``number`` the smaller of ``size`` and a constant of at least 1?  So it is 0 where ``size`` is."""
+    if type(number).__name__ != "Min" or len(number.args) != 2 or size not in number.args:
+        return False
+    (limit,) = (a for a in number.args if a != size)
+    return bool(limit.is_Integer and limit >= 1)
+
+
+def _of_two(relation: Any) -> tuple[Any, bool] | None:
+    """``start == end``, ``end - start > 0`` and the like."""
+    left, right = relation.args
+    if sorted(sympy.expand(left - right).as_coefficients_dict().values()) != [-1, 1]:
+        return None
+    if relation.rel_op in ("==", "!="):
+        return sympy.Abs(sympy.expand(right - left), evaluate=False), relation.rel_op == "!="
+    more = (
+        sympy.expand(left - right) if relation.rel_op in (">", "<=") else sympy.expand(right - left)
+    )
+    return more, relation.rel_op in (">", "<")
+
+
+def of_limit(condition: Any) -> tuple[int, bool] | None:
+    """``size > C``: C, and the answer for all sizes from C + 1 on, which is not that for those up to C."""
+    if not isinstance(condition, torch.SymBool):
+        return None
+    relation = condition.node.expr
+    if not relation.is_Relational or relation.rel_op not in (">", ">=", "<", "<="):
+        return None
+    size, bound = relation.args
+    if not size.is_symbol:
+        relation = relation.reversed
+        size, bound = relation.args
+    if {size} != _compat.free_unbacked_symbols(condition) or not bound.is_Integer:
+        return None
+    largest = int(bound) - (relation.rel_op in (">=", "<"))
+    return largest, relation.rel_op in (">", ">=")
 
 
 def of_tensor(node: torch.fx.Node) -> bool | None:
@@ -124,6 +172,23 @@ def minimal_length(rows: torch.fx.Node) -> int | None:
         return None
     length = made.kwargs.get("minlength", made.args[2] if len(made.args) > 2 else None)
     return length if isinstance(length, int) and length > 0 else None
+
+
+def most_counted(rows: torch.fx.Node) -> int | None:
+    """E for a call of bincount without ``minlength`` on what was chosen among E scores, cumulated or not."""
+    made = _through(rows, _SAME_VALUES)
+    if getattr(made.target, "__name__", made.target) in _CUMULATES and made.args[1:] in ((), (0,)):
+        made = _through(made.all_input_nodes[0], _SAME_VALUES)
+    if not counts_choices(made) or len(made.args) > 1 or made.kwargs:
+        return None
+    scores = _through(made.all_input_nodes[0], _NO_OTHERS).all_input_nodes[0]
+    size = scores.meta["example_value"].shape[-1]
+    return size if isinstance(size, int) else None
+
+
+def counts_choices(node: torch.fx.Node) -> bool:
+    """Is ``node`` a call of bincount on what was chosen among scores ``[.., E]``?"""
+    return node.target in _COUNTS and groups_choices(node)
 
 
 def distinct_values(rows: torch.fx.Node) -> int | None:
@@ -165,18 +230,30 @@ def _through(node: torch.fx.Node, targets: set[Any]) -> torch.fx.Node:
 
 
 def _of_comparison(compare: Callable[[Any, Any], Any], left: Any, right: Any) -> bool | None:
-    count, bound = (left, right) if isinstance(left, torch.fx.Node) else (right, left)
-    if not isinstance(count, torch.fx.Node) or bound not in (0, 1) or isinstance(bound, bool):
+    nodes = [side for side in (left, right) if isinstance(side, torch.fx.Node)]
+    if not nodes or not all(map(_is_number, nodes)):
         return None
-    value = _zero_dimensional(count)
-    if value is None or value.dtype == torch.bool:
+    if len(nodes) == 2:  # one of them is larger, or they are equal
+        ways = (lambda n: compare(n, 0), lambda n: compare(0, n))
+    elif left is nodes[0] and type(right) is int and right in (0, 1):
+        ways = (lambda n: compare(n, right),)
+    elif right is nodes[0] and type(left) is int and left in (0, 1):
+        ways = (lambda n: compare(left, n),)
+    else:
         return None
+    answers = {_beyond_zero(way) for way in ways} - {None}
+    return answers.pop() if len(answers) == 1 else None
 
-    def answer(n: int) -> bool:
-        return bool(compare(n, bound) if count is left else compare(bound, n))
 
-    answers = {answer(n) for n in (1, 2, 3)}
-    return answers.pop() if len(answers) == 1 and answer(0) not in answers else None
+def _beyond_zero(asked: Callable[[int], Any]) -> bool | None:
+    """The answer for every number from 1 on, if it is another for 0."""
+    answers = {bool(asked(n)) for n in (1, 2, 3)}
+    return answers.pop() if len(answers) == 1 and bool(asked(0)) not in answers else None
+
+
+def _is_number(node: torch.fx.Node) -> bool:
+    value = _zero_dimensional(node)
+    return value is not None and value.dtype != torch.bool
 
 
 def _zero_dimensional(node: torch.fx.Node) -> torch.Tensor | None:

@@ -56,7 +56,9 @@ class Fork(Region):
 
     some: int = dataclasses.field(kw_only=True)
     forked: Forked = dataclasses.field(kw_only=True)
-    merge: Callable[[Any, Any], Any] = dataclasses.field(kw_only=True)
+    merge: Callable[[Any, Any], Any] = dataclasses.field(
+        kw_only=True
+    )  # None where that is not possible
     both_ways = True
 
     def __post_init__(self) -> None:
@@ -117,10 +119,10 @@ class Fork(Region):
                 raise Impure(f"`{name}` is not assigned either way")
             if some is none or _same_constant(some, none):
                 continue
-            if not _alike(some, none):
+            made = self.merge(some, none)
+            if made is None:
                 what = f"`{name}`" if isinstance(name, str) else "what it makes"
                 raise Impure(f"{what} is not a tensor of the same kind either way")
-            made = self.merge(some, none)
             self.forked.merged.append(made.as_proxy().node)
             if isinstance(name, str):
                 self.tx.symbolic_locals[name] = made
@@ -160,7 +162,7 @@ def _same_constant(a: Any, b: Any) -> bool:
     return constants and type(a.value) is type(b.value) and a.value == b.value
 
 
-def _alike(a: Any, b: Any) -> bool:
+def alike(a: Any, b: Any) -> bool:
     """Two tensors that Python cannot tell apart, but for their values."""
     if not all(type(v) is _compat.TensorVariable for v in (a, b)):
         return False

@@ -65,7 +65,7 @@ class Region:
     code: Bytecode
     rolled: bool = False  # one pass stands for all
     on_close: Callable[[], None] = lambda: None
-    size: Any = None  # the sympy.Symbol that is 0 where the body is skipped, if that is how it is
+    size: Any = None  # the number (``emptiness.of_number``) that is 0 where the body is skipped, if there is one
     older: dict[int, Any] = dataclasses.field(default_factory=dict)
     closed: bool = False
     passes: list[Pass] = dataclasses.field(default_factory=list)
@@ -140,7 +140,7 @@ class Region:
         if old is None and new is None:
             return
         if old is not None and new is not None:
-            if self.size is not None and _at_zero(new, self.size) == old:
+            if self.size is not None and _at_zero(new, self.size) == _at_zero(old, self.size):
                 return
             raise Impure(f"loop-carried state `{name}`, which is a number that changes")
         value = _node_of(after)
@@ -191,10 +191,10 @@ def watch(region: Region, give_up: Callable[[Region, Impure], None]) -> None:
         if not region.closed:
             try:
                 region.after_step()
+                if region.closed:
+                    region.on_close()
             except Impure as impure:
                 give_up(region, impure)
-            if region.closed:
-                region.on_close()
         return result
 
     tx.step = checked_step
@@ -294,7 +294,11 @@ def _is_int(value: Any) -> bool:
 
 
 def _at_zero(number: Any, size: Any) -> Any:
-    return number if isinstance(number, int) else number.subs(size, 0)
+    """``number`` where ``size`` is 0: a symbol, or how far apart two symbols are."""
+    if isinstance(number, int):
+        return number
+    one, *others = sorted(size.free_symbols, key=str)
+    return number.subs(one, others[0] if others else 0)
 
 
 def _objects_in_reach(tx: Any) -> dict[int, Any]:

@@ -122,6 +122,7 @@ class Attempt:
     assumptions: list[Assumption] = dataclasses.field(default_factory=list)
     # By the symbol of the index: its loop, and in which of the loop's passes it is.
     rolled: dict[Any, tuple[Rolled | RolledModules, int]] = dataclasses.field(default_factory=dict)
+    padded: list[Any] = dataclasses.field(default_factory=list)  # padded.Counts
     indexed: dict[Any, Any] = dataclasses.field(default_factory=dict)  # alike.Indexed
     regions: list[Any] = dataclasses.field(default_factory=list)  # purity.Region
 

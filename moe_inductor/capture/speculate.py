@@ -21,12 +21,23 @@ from typing import Any, NoReturn
 import torch
 
 from moe_inductor import _compat
-from moe_inductor.capture import alike, conversion, emptiness, fork, purity, rolled, scope
+from moe_inductor.capture import (
+    alike,
+    conversion,
+    emptiness,
+    fork,
+    limit,
+    padded,
+    purity,
+    rolled,
+    scope,
+)
 from moe_inductor.capture.assumptions import (
     Forked,
     Kept,
     Length,
     NonEmpty,
+    Padded,
     Rolled,
     RolledModules,
     Tested,
@@ -221,12 +232,18 @@ def _before(attempt: scope.Attempt, tx: Any, coming: Any) -> Callable[[], None] 
         _answer_test(attempt, tx, coming)
     elif coming.opname == "GET_ITER" and type(tx.stack[-1]) is Hits:
         _iterate(attempt, tx, coming)
+    elif coming.opname == "GET_ITER":
+        _pad(attempt, tx, coming, padded.length_of(tx.stack[-1]))
     elif coming.opname in ("BINARY_SUBSCR", "BINARY_OP", "COMPARE_OP", "CALL", "STORE_SUBSCR"):
         then = _index_modules(attempt, tx) if _is_subscript(coming) and attempt.rolled else None
         if then is not None:
             return then
         if _is_subscript(coming) or coming.opname == "STORE_SUBSCR":
             _index_by_row(tx, coming)
+        if _is_subscript(coming):
+            for held in attempt.padded:
+                if held.is_read_by(*tx.stack[-2:]):
+                    tx.stack[-2] = held.padded
         _use_of_rolled(tx, coming)
     elif coming.opname.startswith("FORMAT_"):
         _format_of_rolled(tx, coming)
@@ -234,7 +251,60 @@ def _before(attempt: scope.Attempt, tx: Any, coming: Any) -> Callable[[], None] 
         conversion.before_call(tx, coming)
     if coming.opname == "CALL" and any(function_of(f) is len for f in tx.stack[-3:-1]):
         _note_length_of_pieces(attempt, tx.stack[-1], _location(tx, coming))
+    if coming.opname == "CALL" and coming.arg == 1:
+        pad = _pad_enumerated(attempt, tx, coming)
+        if pad is not None:
+            return pad
+    if coming.opname.startswith("CALL"):
+        return functools.partial(_settle_counts, attempt, tx, _location(tx, coming))
     return None
+
+
+def _pad_enumerated(attempt: scope.Attempt, tx: Any, call: Any) -> Callable[[], None] | None:
+    """``for e, n in enumerate(counts)``: what to do after the call."""
+    counts, after = tx.stack[-1], tx.instructions[tx.instruction_pointer + 1]
+    length = padded.length_of(counts)
+    if length is None or after.opname != "GET_ITER":
+        return None
+    called = [function_of(realized(f)) for f in tx.stack[-3:-1]]
+    if not any(f is enumerate for f in called):
+        return None
+    if _location(tx, after) in attempt.frame.distrusted:
+        return None
+    tx.stack[-1] = _compat.VariableTracker.build(
+        tx, []
+    )  # nobody asks for what enumerate makes of it
+    return functools.partial(_pad, attempt, tx, after, length, counts)
+
+
+def _pad(
+    attempt: scope.Attempt, tx: Any, start: Any, length: int | None, enumerated: Any = None
+) -> None:
+    """``for n in ids.bincount()``, whose iterator ``start`` makes, or ``for e, n in enumerate(enumerated)``."""
+    location = _location(tx, start)
+    if length is None or location in attempt.frame.distrusted:
+        return
+    counts = tx.stack[-1] if enumerated is None else enumerated
+    node, tracker = padded.pad(tx, counts, length)
+    items = tracker.unpack_var_sequence(tx)
+    if enumerated is not None:
+        numbers = map(_compat.ConstantVariable.create, range(length))
+        items = [_compat.TupleVariable([e, n]) for e, n in zip(numbers, items, strict=True)]
+    tx.stack[-1] = _compat.VariableTracker.build(tx, items)
+    region = _region(
+        attempt, "for-loop over counts", location, lambda: purity.loop_region(tx, location, start)
+    )
+    if region is None:
+        give_up("the loop over counts", location)
+    attempt.padded.append(padded.Counts(counts, tracker, length, region))
+    attempt.assumptions.append(Padded(node, length, location, region.passes))
+
+
+def _settle_counts(attempt: scope.Attempt, tx: Any, location: str) -> None:
+    """``bincount(ids, minlength=E)`` has just been called: what is made of it has its length as well."""
+    counts = tx.stack[-1] if tx.stack else None
+    if type(counts) is _compat.TensorVariable and emptiness.counts_choices(counts.as_proxy().node):
+        _settle_length(attempt, tx, counts, location)
 
 
 def _is_subscript(instruction: Any) -> bool:
@@ -344,6 +414,7 @@ def _answer_test(attempt: scope.Attempt, tx: Any, jump: Any) -> None:
     elif is_kind(value, _compat.SymNodeVariable):
         found = emptiness.of_number(value.sym_num)
         if found is None:
+            _limit(attempt, tx, jump, location)
             return
         size, truth = found
         region = _region(
@@ -389,6 +460,8 @@ def _fork(attempt: scope.Attempt, tx: Any, truth: bool, ways: fork.Ways, locatio
     forked = Forked(node, truth, zeros, location)
 
     def merge(some: Any, none: Any) -> Any:
+        if not fork.alike(some, none):
+            return None
         pair = (some, none) if truth else (none, some)
         args = tuple(v.as_proxy() for v in (test, *pair))
         proxy = tx.output.create_proxy("call_function", torch.where, args, {})
@@ -403,6 +476,31 @@ def _fork(attempt: scope.Attempt, tx: Any, truth: bool, ways: fork.Ways, locatio
     if region is not None:
         attempt.assumptions.append(forked)
         tx.stack[-1] = _compat.ConstantVariable.create(not truth)  # that way first
+
+
+def _limit(attempt: scope.Attempt, tx: Any, jump: Any, location: str) -> None:
+    """``rows[:C] if len(rows) > C else rows``."""
+    test = tx.stack[-1]
+    found = emptiness.of_limit(test.sym_num)
+    if found is None:
+        return
+    count, truth = found
+    two = fork.ways(tx, truth, jump)
+
+    def make() -> purity.Region:
+        if two is None:
+            return purity.branch_region(tx, truth, location, jump)
+        node = test.as_proxy().node
+        forked = Forked(node, truth, node, location)
+        return fork.open_fork(
+            tx, two, location, forked, lambda first, rows: limit.merge(first, rows, count)
+        )
+
+    region = _region(attempt, "test of a data-dependent size", location, make)
+    if region is not None:
+        if two is None:
+            region.on_close = lambda: limit.check(region.passes[0], count)
+        tx.stack[-1] = _compat.ConstantVariable.create(truth if two is None else not truth)
 
 
 def _note_length_of_pieces(attempt: scope.Attempt, pieces: Any, location: str) -> None:

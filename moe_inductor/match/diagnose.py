@@ -5,6 +5,8 @@ Read after every spelling has failed, so that a refusal says what the model does
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import fx
 
@@ -26,6 +28,8 @@ from moe_inductor.region.thresholds import beyond_threshold, kept_by_threshold
 
 aten = torch.ops.aten
 
+_PRODUCTS = (aten.mm.default, aten.bmm.default, aten._grouped_mm.default, PAIR_LINEAR)
+_CHOICES = (aten.topk.default, aten.argmax.default, aten.max.dim, aten.sort.default)
 # Operators that make a norm of rows, in torch and in ATen.
 OVER_ROWS = frozenset(
     {
@@ -60,6 +64,7 @@ def diagnose(canonical: Canonical) -> Refusal | None:
     return (
         kept_by_threshold(region.nodes)
         or beyond_threshold(region.nodes)
+        or _random(canonical.graph)
         or _norm(region)
         or _random(canonical.graph)
         or _buffer(canonical.graph)
@@ -78,6 +83,34 @@ def _slots(canonical: Canonical) -> Refusal | None:
         "what is sent, or what it weighs, is not read from the masks"
     )
     return Refusal(Code.SPELLING, words, region.location)
+
+
+def _random(graph: fx.Graph) -> Refusal | None:
+    """Dropout in an expert, while it is trained; a router may draw noise for its scores."""
+    scores = _behind([n for n in graph.nodes if n.target in _CHOICES])
+    for node in graph.nodes:
+        if node.target not in _PRODUCTS or node in scores:
+            continue
+        rows = [node, *_until_summed(node)]
+        drawn = next((n for made in rows for n in made.users if is_random(n.target)), None)
+        if drawn is not None:
+            words = (
+                f"the experts draw random numbers (`{name_of(drawn)}`): a fused kernel would draw others; "
+                "without dropout, as in eval(), they may be fused"
+            )
+            return Refusal(Code.SPELLING, words, location(drawn) or location(node))
+    return None
+
+
+def _behind(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """All that ``nodes`` are made of."""
+    found: set[fx.Node] = set()
+    todo = list(nodes)
+    while todo:
+        new = [n for n in todo.pop().all_input_nodes if n not in found]
+        found.update(new)
+        todo += new
+    return found
 
 
 def _norm(region: Region) -> Refusal | None:

@@ -27,6 +27,7 @@ from moe_inductor.capture.assumptions import (
     Kept,
     Length,
     NonEmpty,
+    Padded,
     Pass,
     Rolled,
     RolledModules,
@@ -39,10 +40,10 @@ from moe_inductor.match.api import ChosenSpelling, HitListSpelling, combinations
 from moe_inductor.match.bind import Bound
 from moe_inductor.match.experts import ids_in_range
 from moe_inductor.prove.expressions import Numbering
-from moe_inductor.prove.skipped import prove_skipped
+from moe_inductor.prove.skipped import counted_by, prove_padded, prove_skipped
 from moe_inductor.reasons import Code, Reason, Refusal
 from moe_inductor.region.canonical import Canonical, trace
-from moe_inductor.region.counts import root_of
+from moe_inductor.region.counts import counted, root_of
 from moe_inductor.region.find import Region
 from moe_inductor.region.fold import Fold, fold, fold_rolled, sum_steps
 from moe_inductor.region.nodes import (
@@ -74,6 +75,7 @@ class Assumed:
         self.kept: dict[Assumption, fx.Node] = {
             a: take(a.marker) for a in self.all if isinstance(a, (Visited, Tested, Length))
         }
+        self.kept.update((a, a.padded) for a in self.all if isinstance(a, Padded))
         for loop in self.all:
             if isinstance(loop, Rolled):
                 self.kept[loop] = loop.index.all_input_nodes[0]
@@ -125,7 +127,7 @@ class Assumed:
             for a in self.all
             if a not in self.proved
             or any(n in alive and not _says_nothing(n) for p in a.passes for n in p.nodes)
-            or any(n in alive for n in _indices(a))
+            or any(n in alive for n in _never_run(a))
         ]
 
 
@@ -144,7 +146,11 @@ def prove_assumptions(
     if not bound.spelling.loop:
         tests = [(a, assumed.kept.get(a)) for a in concerning if isinstance(a, (Tested, NonEmpty))]
         prove_skipped(canonical, bound, tests, [a for a in concerning if isinstance(a, Kept)])
-        assumed.proved.update(a for a in concerning if isinstance(a, (Tested, NonEmpty, Kept)))
+        for loop in concerning:
+            if isinstance(loop, Padded):
+                prove_padded(canonical, bound, loop)
+        skipped = (Tested, NonEmpty, Kept, Padded)
+        assumed.proved.update(a for a in concerning if isinstance(a, skipped))
     for assumption in concerning:
         if assumption in assumed.proved:
             continue
@@ -158,6 +164,10 @@ def prove_assumptions(
             rows = assumed.kept[assumption]
             classes = assumption.count + assumption.last
             _lists_every_chosen_expert(canonical, assumption, rows, bound, classes, hit_lists)
+        elif isinstance(assumption, (NonEmpty, Tested)) and _asks_for_its_count(
+            canonical, assumption, assumed.kept.get(assumption), bound
+        ):
+            pass
         elif isinstance(assumption, NonEmpty):
             _guards_its_own_rows(assumption)
         elif isinstance(assumption, Tested):
@@ -165,7 +175,8 @@ def prove_assumptions(
         elif isinstance(assumption, Length):
             _counts_no_other_ids(canonical, assumption, assumed.kept[assumption], bound)
         else:
-            raise Refusal(Code.ASSUMPTION, "", _where(assumption))
+            words = "loop over counts: not known to leave out nothing but experts without tokens"
+            raise Refusal(Code.ASSUMPTION, words, _where(assumption))
     assumed.proved.update(concerning)
 
 
@@ -238,6 +249,28 @@ def is_hit_list(
     )
 
 
+def _asks_for_its_count(
+    canonical: Canonical, test: Tested | NonEmpty, tested: fx.Node | None, bound: Bound
+) -> bool:
+    """``if counts[e] == 0``, where only rows of expert e depend on it: no id is e where none was counted."""
+    count = counted_by(canonical, test, tested)
+    ids = counted(count[0]) if count is not None else None
+    if count is None or ids is None or ids[0] is not root_of(bound.topk_ids):
+        return False
+    experts = _experts_of(canonical, test, bound)
+    return experts is not None and experts <= {count[1]}
+
+
+def _experts_of(canonical: Canonical, test: Tested | NonEmpty, bound: Bound) -> set[Any] | None:
+    """The experts of the additions that depend on a test, None among them where it is not known of one."""
+    steps = sum_steps(canonical.region)
+    ids = bound.index * len(steps) or bound.visited
+    if len(steps) != len(ids):
+        return None
+    number = dict(zip(steps, ids, strict=True))
+    return {number.get(node) for one in test.passes for node in _effects(one, test)}
+
+
 def _asks_whether_chosen(
     canonical: Canonical,
     test: Tested,
@@ -246,15 +279,11 @@ def _asks_whether_chosen(
     spellings: Sequence[ChosenSpelling],
 ) -> None:
     """The value is a known function of ``topk_ids`` that says whether expert e occurs; only its rows depend on it."""
-    steps = sum_steps(canonical.region)
-    ids = bound.index * len(steps) or bound.visited
-    number = dict(zip(steps, ids, strict=False))
-    effects = [node for one in test.passes for node in _effects(one, test)]
-    experts = {number.get(node) for node in effects}
+    experts = _experts_of(canonical, test, bound)
     asked = canonical.held_in(tested)
-    if len(steps) == len(ids) and len(experts) <= 1:
+    if experts is not None and len(experts) <= 1:
         (e,) = experts or {None}
-        if not effects:
+        if not experts:
             return  # it decides about nothing
         if e is not None and (
             # The test of a pass that is folded was compared with those that are not.
@@ -341,7 +370,7 @@ def _guards_its_own_rows(test: NonEmpty) -> None:
                 if is_integral(a) and value(a).dim() == 1
                 for s in unbacked(value(a))
             }
-            if rows != {test.symbol}:
+            if rows != {test.number}:
                 raise Refusal(
                     Code.ASSUMPTION,
                     "test of a data-dependent size: it decides about more than rows of that number",
@@ -354,10 +383,10 @@ def _counts_no_other_ids(
 ) -> None:
     """The counts are those of the block's ids, all of which are below the length."""
     held = canonical.held_in(counts)
-    counted = None
+    ids = None
     if held is not None and _unviewed(held).target is aten.bincount.default:
-        counted = root_of(_unviewed(held).all_input_nodes[0])
-    if counted is not root_of(bound.topk_ids) or not ids_in_range(bound.topk_ids, length.length):
+        ids = root_of(_unviewed(held).all_input_nodes[0])
+    if ids is not root_of(bound.topk_ids) or not ids_in_range(bound.topk_ids, length.length):
         raise Refusal(
             Code.ASSUMPTION,
             "bincount: not known to count ids below its minlength",
@@ -409,6 +438,11 @@ def _views_an_input(node: fx.Node) -> bool:
 def _switches_mode(node: fx.Node) -> bool:
     """A pass leaves the modes as it found them; with all between them gone, the switches do nothing."""
     return name_of(node) in ("_set_grad_enabled", "_enter_autocast", "_exit_autocast")
+
+
+def _never_run(assumption: Assumption) -> list[fx.Node]:
+    """Nodes that raise if they are run."""
+    return [assumption.padded] if isinstance(assumption, Padded) else _indices(assumption)
 
 
 def _indices(assumption: Assumption) -> list[fx.Node]:

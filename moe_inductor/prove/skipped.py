@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
 from moe_inductor._compat import statically_known_true
-from moe_inductor.capture.assumptions import Assumption, Kept, NonEmpty, Pass, Tested
+from moe_inductor.capture.assumptions import Assumption, Kept, NonEmpty, Padded, Pass, Tested
 from moe_inductor.match.bind import Bound
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.canonical import Canonical
-from moe_inductor.region.counts import Atom, Form, counted, plus, single
+from moe_inductor.region.counts import Atom, Form, Numbers, counted, plus, single
 from moe_inductor.region.nodes import is_integral, mutated, name_of, storages, value
 
 aten = torch.ops.aten
@@ -31,8 +32,9 @@ _COMPARISONS = {
     for overload in ("Scalar", "Tensor")
 }
 
+_ADDS = ("index_add", "scatter_add", "scatter_reduce")
 # Which argument has the rows that are written.
-_WRITTEN = {"setitem": 2, "index_add_": 3}
+_WRITTEN = {"setitem": 2, **{f"{name}_": 3 for name in _ADDS}}
 
 
 def prove_skipped(
@@ -47,7 +49,7 @@ def prove_skipped(
     """
     counts: dict[int, Atom] = {}
     for test, tested in tests:
-        atom = _counted_by(canonical, test, tested)
+        atom = counted_by(canonical, test, tested)
         if atom is None:
             words = "it does not ask whether an expert was chosen"
             raise Refusal(Code.ASSUMPTION, words, _where(test))
@@ -62,33 +64,81 @@ def prove_skipped(
         _is_never_empty(bound, each, [counts.get(id(one)) for one in each.passes])
 
 
-def _counted_by(
+def prove_padded(canonical: Canonical, bound: Bound, loop: Padded) -> None:
+    """The passes that the model does not make, since nobody chose their expert or a later one, change nothing.
+
+    Raises Refusal(ASSUMPTION).
+    """
+    numbers, held = canonical.emitter.numbers, canonical.held_in(loop.padded)
+    experts = bound.moe.experts.num_experts
+    for e, one in enumerate(loop.passes):
+        last = numbers.element(held, e) if held is not None else {}
+        before = numbers.element(held, e - 1) if held is not None and e else {}
+        # The elements are counts, or cumulated counts.
+        atom = _as_count(last) or _as_count(plus(last, before, -1))
+        if atom is None or atom[1] != e or counted(atom[0]) != (bound.topk_ids, experts):  # type: ignore[arg-type]
+            words = "loop over counts: they are not known to be how often each expert was chosen"
+            raise Refusal(Code.ASSUMPTION, words, _where(loop))
+        _changes_nothing(canonical, one, atom, loop)
+    if len(loop.passes) != experts:
+        words = f"loop over counts of {loop.length} experts, {experts} are there"
+        raise Refusal(Code.ASSUMPTION, words, _where(loop))
+
+
+def counted_by(
     canonical: Canonical, test: Tested | NonEmpty, tested: fx.Node | None
 ) -> Atom | None:
     """The count that is tested for being zero."""
     numbers = canonical.emitter.numbers
     if isinstance(test, NonEmpty):
-        return _as_count(_number_of(canonical, test.symbol))
+        signs = (1, -1) if isinstance(test.number, sympy.Abs) else (1,)
+        form = _number_of(canonical, test.number)
+        return _as_count(form, signs)
     asked = canonical.held_in(tested)
     if asked is None:
         return None
-    number, compare = asked, lambda n: n != 0
-    if asked.target in _COMPARISONS:
-        number, bound = (_constant(canonical, n) for n in asked.args)  # type: ignore[assignment]
-        relation = _COMPARISONS[asked.target]
-        compare = lambda n: relation(n, bound)  # noqa: E731
-        if type(bound) is not int or bound not in (0, 1):
+    if asked.target not in _COMPARISONS:
+        form, asks = _form(numbers, asked), lambda n: n != 0
+        return _as_count(form) if _only_for_more(asks, test.truth) else None
+    compare = _COMPARISONS[asked.target]
+    left, right = (_constant(canonical, n) for n in asked.args)
+    if isinstance(left, fx.Node) and isinstance(right, fx.Node):
+        forms = [_form(numbers, n) for n in (left, right)]
+        if forms[0] is None or forms[1] is None:
             return None
-    if not isinstance(number, fx.Node) or not is_integral(number) or value(number).dim():
-        return None
+        apart = plus(forms[0], forms[1], -1)
+        ways = {1: lambda n: compare(n, 0), -1: lambda n: compare(0, n)}
+        return _as_count(apart, [s for s, asks in ways.items() if _only_for_more(asks, test.truth)])
     # Between a number and 0 or 1, what holds for 1 and 2 holds from there on.
-    if any(bool(compare(n)) is not test.truth for n in (1, 2)) or bool(compare(0)) is test.truth:
+    if type(right) is not int or right not in (0, 1) or not isinstance(left, fx.Node):
         return None
-    return _as_count(numbers.scalar(number))
+    asks = lambda n: compare(n, right)  # noqa: E731
+    return _as_count(_form(numbers, left)) if _only_for_more(asks, test.truth) else None
 
 
-def _number_of(canonical: Canonical, symbol: Any) -> Form | None:
-    """What the Dynamo graph's ``symbol`` is in the normal form."""
+def _only_for_more(asks: Callable[[int], Any], truth: bool) -> bool:
+    """Is the answer ``truth`` for every number from 1 on, and not for 0?"""
+    return all(bool(asks(n)) is truth for n in (1, 2)) and bool(asks(0)) is not truth
+
+
+def _form(numbers: Numbers, number: fx.Node) -> Form | None:
+    """Of a tensor of one integer."""
+    return numbers.scalar(number) if is_integral(number) and not value(number).dim() else None
+
+
+def _number_of(canonical: Canonical, number: Any) -> Form | None:
+    """What a number of the Dynamo graph, a symbol or ``b - a`` of two, is in the normal form, up to its sign."""
+    (inner,) = number.args if isinstance(number, sympy.Abs) else (number,)
+    found: Form = {}
+    for symbol, times in inner.as_coefficients_dict().items():
+        form = _symbol_of(canonical, symbol)
+        if form is None:
+            return None
+        found = plus(found, form, int(times))
+    return found
+
+
+def _symbol_of(canonical: Canonical, symbol: Any) -> Form | None:
     numbers = canonical.emitter.numbers
     for node in canonical.region.nodes:
         found = value(node)
@@ -129,11 +179,16 @@ def _is(size: Any, symbol: Any) -> bool:
     return isinstance(size, torch.SymInt) and size.node.expr == symbol
 
 
-def _as_count(form: Form | None) -> Atom | None:
-    atom = single(form) if form is not None else None
-    # A count is never negative.
-    is_count = atom is not None and isinstance(atom[0], fx.Node) and counted(atom[0]) is not None
-    return atom if is_count else None
+def _as_count(form: Form | None, signs: Sequence[int] = (1,)) -> Atom | None:
+    """The count that ``form`` is, or its negative where -1 is among ``signs``."""
+    for sign in signs:
+        if form is None:
+            break
+        atom = single(plus({}, form, sign))
+        # A count is never negative.
+        if atom is not None and isinstance(atom[0], fx.Node) and counted(atom[0]) is not None:
+            return atom
+    return None
 
 
 def _changes_nothing(canonical: Canonical, one: Pass, atom: Atom, test: Assumption) -> None:
@@ -147,7 +202,7 @@ def _changes_nothing(canonical: Canonical, one: Pass, atom: Atom, test: Assumpti
             refuse("a piece with rows is put on a list")
     for name, after in one.after.items():
         before = one.before.get(name)
-        if after is before:
+        if after is before or _adds_none(canonical, after, before, atom):
             continue
         forms = [_offset(canonical, n) for n in (after, before)]
         if forms[0] is None or forms[1] is None:
@@ -165,6 +220,17 @@ def _changes_nothing(canonical: Canonical, one: Pass, atom: Atom, test: Assumpti
             rows = _rows(canonical, written) if isinstance(written, fx.Node) else None
             if not _is_none(rows, atom):
                 refuse("rows are written")
+
+
+def _adds_none(canonical: Canonical, after: Any, before: Any, atom: Atom) -> bool:
+    """Is ``after`` a sum of ``before`` and of rows of which there are none?"""
+    while isinstance(after, fx.Node) and after is not before:
+        args: list[Any] = [*after.args]
+        rows = args[3] if name_of(after).rstrip("_") in _ADDS and len(args) > 3 else None
+        if not isinstance(rows, fx.Node) or not _is_none(_rows(canonical, rows), atom):
+            return False
+        after = args[0]
+    return after is before
 
 
 def _rows(canonical: Canonical, node: fx.Node) -> Form | None:

@@ -15,7 +15,8 @@ import sympy
 import torch
 from torch import fx
 
-from moe_inductor.region.nodes import is_integral, node_arg, unbacked, value
+from moe_inductor.capture.padded import PADDED
+from moe_inductor.region.nodes import is_integral, is_one, node_arg, unbacked, value
 
 aten = torch.ops.aten
 
@@ -127,6 +128,8 @@ class Numbers:
             if length is not None and isinstance(left, int) and left >= 0:
                 inside = left <= i < left + length
                 return self.element(inner, i - left) if inside else _constant(fill)
+        elif target is PADDED:
+            return self.element(node_arg(node, 0), i)
         elif target is aten.slice.Tensor and isinstance(args[2], int) and len(args) == 4:
             return self.element(node_arg(node, 0), args[2] + i)
         elif target is aten.full.default:
@@ -318,13 +321,15 @@ def _one_hot(counts: fx.Node) -> tuple[fx.Node, int] | None:
 
 
 def _bincount(counts: fx.Node) -> tuple[fx.Node, int] | None:
-    """bincount(ids, minlength=E)"""
-    if counts.target is not aten.bincount.default or len(counts.args) != 3:
+    """bincount(ids, minlength=E), or bincount(ids): elements that it does not have would be zero"""
+    if counts.target is not aten.bincount.default or counts.kwargs:
         return None
-    ids, weights, length = counts.args
+    ids, weights, length = (*counts.args, None, 0)[:3]
     if weights is not None or not isinstance(length, int) or not isinstance(ids, fx.Node):
         return None
-    return root_of(ids), length
+    root = root_of(ids)
+    experts = length or choices(root)
+    return None if experts is None else (root, experts)
 
 
 def _histc(counts: fx.Node) -> tuple[fx.Node, int] | None:
@@ -340,11 +345,9 @@ def _histc(counts: fx.Node) -> tuple[fx.Node, int] | None:
 
 
 def _added(counts: fx.Node) -> tuple[fx.Node, int] | None:
-    """zeros(E).index_add(0, ids, ones)"""
-    if (
-        counts.target is not aten.index_add.default
-        and counts.target is not aten.scatter_add.default
-    ):
+    """zeros(E).index_add(0, ids, ones);  zeros(E).scatter(0, ids, ones) for those of one token, which are distinct"""
+    adds = counts.target in (aten.index_add.default, aten.scatter_add.default)
+    if not adds and counts.target is not aten.scatter.src:
         return None
     if len(counts.args) != 4:
         return None
@@ -353,7 +356,9 @@ def _added(counts: fx.Node) -> tuple[fx.Node, int] | None:
         return None
     if fill_of(zeros) != 0 or fill_of(ones) != 1 or _length(zeros) is None:  # type: ignore[arg-type]
         return None
-    return root_of(ids), _length(zeros) or 0  # type: ignore[arg-type]
+    root = root_of(ids)
+    of_one = choices(root) is not None and all(map(is_one, value(root).shape[:-1]))
+    return (root, _length(zeros) or 0) if adds or of_one else None  # type: ignore[arg-type]
 
 
 def fill_of(node: fx.Node) -> Any:

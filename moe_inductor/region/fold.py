@@ -24,7 +24,7 @@ from torch import fx
 
 from moe_inductor.capture.assumptions import Pass
 from moe_inductor.region.find import Region
-from moe_inductor.region.nodes import has_unbacked, mutated, name_of, node_arg, value
+from moe_inductor.region.nodes import has_unbacked, is_tensor, mutated, name_of, node_arg, value
 
 # The statements that add one expert's rows to the sum.
 _STEPS = frozenset({"index_add_", "index_add", "setitem", "index_put_", "index_put"})
@@ -134,8 +134,14 @@ def _is_part(step: fx.Node) -> bool:
 
 def _is_cut_off(node: fx.Node) -> bool:
     """An expert's part of sorted rows: what the experts do is only seen when all parts are put together again."""
-    pack = node.all_input_nodes[0] if name_of(node) == "getitem" else None
-    return pack is not None and name_of(pack) in _CUTS and has_unbacked(pack)
+    if name_of(node) not in ("getitem", "setitem"):
+        return False
+    pack = node.all_input_nodes[0]
+    place = node.args[1]
+    first = place[0] if isinstance(place, tuple) and place else place
+    bounds = (first.start, first.stop) if isinstance(first, slice) else ()
+    by_data = (b for b in bounds if isinstance(b, fx.Node) and (is_tensor(b) or has_unbacked(b)))
+    return any(by_data) or (name_of(pack) in _CUTS and has_unbacked(pack))
 
 
 def _passes(

@@ -21,6 +21,7 @@ from torch import fx
 from moe_inductor._compat import FakeTensor, OpOverload, size_expr
 from moe_inductor.capture.rolled import EXPERT_INDEX
 from moe_inductor.reasons import Refusal
+from moe_inductor.region.alternate import columns_of
 from moe_inductor.region.counts import Numbers
 from moe_inductor.region.nodes import (
     is_floating,
@@ -517,6 +518,9 @@ def row_of(out: Emitter, base: fx.Node, dim: int, index: Any, made: Any, origin:
         if len(leading) > dim and out.same_sizes(value(base).shape[: dim + 1], leading):
             narrow = row_of(out, inner, dim, index, value(inner).select(dim, 0), origin)
             return out.view(narrow, made, origin)
+    columns = columns_of(out, base, dim, index, made, origin)
+    if columns is not None:
+        return columns
     source = node_arg(base, 0) if base.target is aten.permute.default else base
     if source is not base and source.target is aten.view.default:
         source = node_arg(source, 0)
@@ -616,6 +620,16 @@ def _gather(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         return None
     made, origin = value(node), node.meta.get("stack_trace")
     return out.apply(aten.index.Tensor, (base, [rows]), {}, made, origin)
+
+
+@rule(aten.scatter_reduce.two)
+def _scatter_reduce(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """scatter_reduce(x, d, i, y, "sum") = scatter_add(x, d, i, y)"""
+    *given, how = args
+    if how != "sum" or not kwargs.get("include_self", True):
+        return None
+    made, origin = value(node), node.meta.get("stack_trace")
+    return out.apply(aten.scatter_add.default, tuple(given), {}, made, origin)
 
 
 @rule(aten.scatter_add.default, aten.scatter.src)
@@ -803,6 +817,7 @@ from moe_inductor.region import dispatched as _dispatched  # noqa: E402
 from moe_inductor.region import einsums as _einsums  # noqa: E402, F401
 from moe_inductor.region import groups as _groups  # noqa: E402, F401
 from moe_inductor.region import joined as _joined  # noqa: E402, F401
+from moe_inductor.region import limited as _limited  # noqa: E402, F401
 from moe_inductor.region import maps as _maps  # noqa: E402, F401
 from moe_inductor.region import one_batch as _one_batch  # noqa: E402
 from moe_inductor.region import operands as _operands  # noqa: E402, F401

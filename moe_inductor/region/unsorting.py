@@ -161,7 +161,8 @@ class Unsorting:
         counts = node_arg(ends, 0) if ends.target is aten.cumsum.default else None
         if counts is None or ends.args[1] != 0 or dtype not in (torch.int32, torch.int64):
             self._refuse(Code.PROOF, "where the experts' rows end is not a sum of counts", node)
-        if not self._counts(counts):
+        # Without a minlength there may be less groups than matrices.
+        if not self._counts(counts) or value(counts).shape[0] != self.order.num_experts:
             words = "the lengths of the groups are not known to be how often each expert was chosen"
             self._refuse(Code.PROOF, words, node)
         if value(matrices).shape[0] != self.order.num_experts:
@@ -316,6 +317,9 @@ class Unsorting:
         one, *_ = column
         if not all(isinstance(n, fx.Node) for n in column):
             self._refuse(self._code(), "experts differ in what they compute", where)
+        if not all(isinstance(value(n), torch.Tensor) for n in column):
+            words = "rows are combined with a number that depends on the data"
+            self._refuse(self._code(), words, where)
         if any(map(self._depends_on_order, column)):
             if any(value(n).dim() != rank for n in column) and not self._reshapes(where):
                 self._refuse(self._code(), "rows are combined with each other", where)

@@ -26,12 +26,12 @@ Finish = Callable[[fx.Node, fx.Node], None]
 _OPERATORS = frozenset(
     {
         operator.getitem, aten._softmax.default, aten._to_copy.default, aten.abs.default, aten.add.Scalar,
-        aten.add.Tensor, aten.bitwise_not.default, aten.cat.default, aten.clamp.default, aten.div.Scalar,
-        aten.div.Tensor, aten.eq.Scalar, aten.exp.default, aten.expand.default, aten.full.default,
-        aten.gather.default, aten.ge.Scalar, aten.gt.Scalar, aten.le.Scalar, aten.logical_not.default, aten.lt.Scalar,
-        aten.mul.Scalar, aten.mul.Tensor, aten.ne.Scalar, aten.neg.default, aten.permute.default, aten.relu.default,
-        aten.sigmoid.default, aten.square.default, aten.sum.dim_IntList, aten.tanh.default, aten.view.default,
-        aten.where.ScalarOther,
+        aten.add.Tensor, aten.arange.default, aten.bitwise_not.default, aten.cat.default, aten.clamp.default,
+        aten.cumsum.default, aten.div.Scalar, aten.div.Tensor, aten.eq.Scalar, aten.eq.Tensor, aten.exp.default,
+        aten.expand.default, aten.full.default, aten.gather.default, aten.ge.Scalar, aten.gt.Scalar, aten.le.Scalar,
+        aten.logical_not.default, aten.lt.Scalar, aten.mul.Scalar, aten.mul.Tensor, aten.ne.Scalar, aten.neg.default,
+        aten.permute.default, aten.relu.default, aten.sigmoid.default, aten.square.default, aten.sum.dim_IntList,
+        aten.tanh.default, aten.view.default, aten.where.ScalarOther,
     }
 )  # fmt: skip
 _SIZED = (aten.expand.default, aten.full.default, aten.view.default)
