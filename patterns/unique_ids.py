@@ -176,11 +176,12 @@ class Numbered(Distinct):
     """The number of the pass for that of the expert."""
 
     def experts(self, x, topk_ids, topk_weights):
-        out = self.start(x)
-        for i, e in enumerate(self.listed(topk_ids)):
+        out, i = self.start(x), 0
+        for e in self.listed(topk_ids):
             token, slot = self.rows(topk_ids, e)
             y = self.expert(i, x[token]) * self.weight(topk_weights, token, slot)
             self.add(out, token, y)
+            i += 1
         return out
 
 
