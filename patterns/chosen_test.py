@@ -36,7 +36,8 @@ class AnyLoop(Loop):
         for e in range(NUM_EXPERTS):
             if self.has_tokens(mask, e):
                 slot, token = self.where(mask, e)
-                self.add(out, token, self.expert(e, x[token]) * topk_weights[token, slot, None])
+                y = self.expert(e, x[token]) * self.weight(topk_weights, token, slot)
+                self.add(out, token, y)
         return out
 
 
@@ -185,6 +186,130 @@ class AnythingHere(AnyLoop):
         return self.gate.weight.argmax() > 0
 
 
+class NotChosen(AnyLoop):
+    """The test is the wrong way round: with no tokens, an expert adds nothing."""
+
+    def has_tokens(self, mask, e):
+        return torch.logical_not(mask[e].any())
+
+
+class Stops(AnyLoop):
+    """``break`` instead of ``continue``: experts after the first one without tokens are left out."""
+
+    def experts(self, x, topk_ids, topk_weights):
+        out, mask = self.start(x), self.mask(topk_ids)
+        for e in range(NUM_EXPERTS):
+            if not mask[e].any():
+                break
+            slot, token = self.where(mask, e)
+            self.add(out, token, self.expert(e, x[token]) * topk_weights[token, slot, None])
+        return out
+
+
+class AndNext(AnyLoop):
+    """Experts that no token chose together with the next one are left out."""
+
+    def has_tokens(self, mask, e):
+        return (mask[e] & mask[(e + 1) % NUM_EXPERTS]).any()
+
+
+class LaterIds(AnyLoop):
+    """Whether there is an expert after this one."""
+
+    def experts(self, x, topk_ids, topk_weights):
+        self.ids = topk_ids
+        return super().experts(x, topk_ids, topk_weights)
+
+    def has_tokens(self, mask, e):
+        return (self.ids > e).any()
+
+
+class SumOfIds(LaterIds):
+    """Ids are summed where hits should be: expert 0 never has tokens."""
+
+    def has_tokens(self, mask, e):
+        return (self.ids * (self.ids == e)).sum() > 0
+
+
+class LastSlot(LaterIds):
+    def has_tokens(self, mask, e):
+        return (self.ids[:, -1] == e).any()
+
+
+class EveryOtherToken(AnyLoop):
+    def has_tokens(self, mask, e):
+        return mask[e, :, ::2].sum() > 0
+
+
+class OddCount(AnyLoop):
+    """Counted modulo two."""
+
+    def has_tokens(self, mask, e):
+        return mask[e].sum() % 2 != 0
+
+
+class OneToken(AnyLoop):
+    """Experts with more than one token are left out."""
+
+    def has_tokens(self, mask, e):
+        return mask[e].sum() == 1
+
+
+class CountOfBytes(AnyLoop):
+    """A count in eight bits is zero for every 256 tokens."""
+
+    def has_tokens(self, mask, e):
+        return mask[e].sum(dtype=torch.uint8) > 0
+
+
+class BestScore(AnyLoop):
+    """Whether anybody likes the expert, chosen or not."""
+
+    def forward(self, x):
+        self.logits = self.gate(x)
+        return super().forward(x)
+
+    def has_tokens(self, mask, e):
+        return self.logits[:, e].max() > 0
+
+
+class OtherRows(AnyLoop):
+    """The test is about this expert, the rows are those of the next one, and so is the expert that runs."""
+
+    def where(self, mask, e):
+        return super().where(mask, (e + 1) % NUM_EXPERTS)
+
+    def expert(self, e, rows):
+        return super().expert((e + 1) % NUM_EXPERTS, rows)
+
+
+class CountsTests(AnyLoop):
+    """Something else depends on the test."""
+
+    def experts(self, x, topk_ids, topk_weights):
+        out, mask, used = self.start(x), self.mask(topk_ids), torch.zeros(())
+        for e in range(NUM_EXPERTS):
+            if mask[e].any():
+                used = used + 1
+                slot, token = self.where(mask, e)
+                self.add(out, token, self.expert(e, x[token]) * topk_weights[token, slot, None])
+        return out / used
+
+
+class ElseAdds(AnyLoop):
+    """An expert without tokens is paid for."""
+
+    def experts(self, x, topk_ids, topk_weights):
+        out, mask = self.start(x), self.mask(topk_ids)
+        for e in range(NUM_EXPERTS):
+            if mask[e].any():
+                slot, token = self.where(mask, e)
+                self.add(out, token, self.expert(e, x[token]) * topk_weights[token, slot, None])
+            else:
+                out.add_(0.5)
+        return out
+
+
 class Two(AnyLoop):
     """Both additions depend on the first expert's test."""
 
@@ -261,5 +386,19 @@ CHOSEN_TEST = ChosenSpelling(
         NearMiss(name="more_than_one", build=MoreThanOne, code="CONTROL_FLOW"),
         NearMiss(name="all_tokens", build=AllTokens, code="CONTROL_FLOW"),
         NearMiss(name="heavy", build=Heavy, code="CONTROL_FLOW"),
+        NearMiss(name="not_chosen", build=NotChosen, code="CONTROL_FLOW"),
+        NearMiss(name="stops", build=Stops, code="CONTROL_FLOW"),
+        NearMiss(name="and_next", build=AndNext, code="ASSUMPTION"),
+        NearMiss(name="later_ids", build=LaterIds, code="ASSUMPTION"),
+        NearMiss(name="sum_of_ids", build=SumOfIds, code="ASSUMPTION"),
+        NearMiss(name="last_slot", build=LastSlot, code="ASSUMPTION"),
+        NearMiss(name="every_other_token", build=EveryOtherToken, code="ASSUMPTION"),
+        NearMiss(name="odd_count", build=OddCount, code="ASSUMPTION"),
+        NearMiss(name="one_token", build=OneToken, code="CONTROL_FLOW"),
+        NearMiss(name="count_of_bytes", build=CountOfBytes, code="ASSUMPTION"),
+        NearMiss(name="best_score", build=BestScore, code="CONTROL_FLOW"),
+        NearMiss(name="tests_another", build=OtherRows, code="ASSUMPTION"),
+        NearMiss(name="counts_tests", build=CountsTests, code="ASSUMPTION"),
+        NearMiss(name="else_adds", build=ElseAdds, code="CONTROL_FLOW"),
     ),
 )

@@ -69,6 +69,9 @@ class Loop(_blocks.Block):
     def start(self, x):
         return torch.zeros_like(x)
 
+    def weight(self, topk_weights, token, slot):
+        return topk_weights[token, slot, None]
+
     def add(self, out, token, y):
         out.index_add_(0, token, y.to(out.dtype))
 
@@ -76,7 +79,8 @@ class Loop(_blocks.Block):
         out, mask = self.start(x), self.mask(topk_ids)
         for e in self.visited:
             slot, token = self.where(mask, e)
-            rows, weights = x[None, token].reshape(-1, HIDDEN), topk_weights[token, slot, None]
+            rows = x[None, token].reshape(-1, HIDDEN)
+            weights = self.weight(topk_weights, token, slot)
             if self.weight_on_input:
                 self.add(out, token, self.expert(e, rows * weights))
             else:

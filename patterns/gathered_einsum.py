@@ -217,6 +217,40 @@ class Residual(Einsum):
         return self.combine(y, topk_weights)
 
 
+class WeightsSquared(Einsum):
+    def combine(self, y, topk_weights):
+        return torch.einsum("tai,ta,ta->ti", y, topk_weights, topk_weights)
+
+
+class WeightsOfOtherSlots(Einsum):
+    def combine(self, y, topk_weights):
+        return super().combine(y, topk_weights.flip(-1))
+
+
+class WeightsOfNext(Einsum):
+    """The weights of the next token."""
+
+    def combine(self, y, topk_weights):
+        return super().combine(y, topk_weights.roll(1, 0))
+
+
+class MeanOverSlots(Einsum):
+    def combine(self, y, topk_weights):
+        return (y * topk_weights.unsqueeze(-1)).mean(dim=1)
+
+
+class ReadsNext(Einsum):
+    """Gate and up of another token."""
+
+    def hidden(self, x, w1, w3):
+        return super().hidden(x, w1.roll(1, 0), w3.roll(1, 0))
+
+
+class DetachedExperts(Einsum):
+    def combine(self, y, topk_weights):
+        return super().combine(y.detach(), topk_weights)
+
+
 GATHERED_EINSUM = ExpertsSpelling(
     name="gathered_einsum",
     source="gpt-fast, mixtral-moe/model.py; torchao",
@@ -252,6 +286,12 @@ GATHERED_EINSUM = ExpertsSpelling(
         NearMiss(name="weights_of_tokens", build=WeightsOfTokens, code="SPELLING"),
         NearMiss(name="slots_multiplied", build=SlotsMultiplied, code="SPELLING"),
         NearMiss(name="residual_in_expert", build=Residual, code="SPELLING"),
+        NearMiss(name="weights_squared", build=WeightsSquared, code="SPELLING"),
+        NearMiss(name="weights_of_other_slots", build=WeightsOfOtherSlots, code="ROUTER"),
+        NearMiss(name="weights_of_next_token", build=WeightsOfNext, code="ROUTER"),
+        NearMiss(name="mean_over_slots", build=MeanOverSlots, code="SPELLING"),
+        NearMiss(name="reads_next", build=ReadsNext, code="SPELLING"),
+        NearMiss(name="detached_experts", build=DetachedExperts, code="SPELLING"),
         *(
             NearMiss(name=f"einsum_{name}", build=block, code=code)
             for name, block, code in _blocks.near_variants(Stacked)

@@ -190,6 +190,94 @@ class HiddenReturned(Batched):
         return super().forward(x), self.hidden
 
 
+class SlotsFirst(Batched):
+    """Pairs are taken to be in the order of slots when they are summed."""
+
+    def combine(self, y, weights):
+        return (y * weights.unsqueeze(-1)).view(self.k, -1, HIDDEN).sum(dim=0)
+
+
+class WeightsSlotsFirst(Batched):
+    def experts(self, x, topk_ids, topk_weights):
+        return super().experts(x, topk_ids, topk_weights.T)
+
+
+class IdsSlotsFirst(Batched):
+    def experts(self, x, topk_ids, topk_weights):
+        return super().experts(x, topk_ids.T, topk_weights)
+
+
+class WeightsOfNext(Batched):
+    """Every pair is scaled like the one before it."""
+
+    def combine(self, y, weights):
+        return super().combine(y, weights.roll(1))
+
+
+class LargestOfSlots(Batched):
+    def combine(self, y, weights):
+        return (y * weights.unsqueeze(-1)).view(-1, self.k, HIDDEN).amax(dim=1)
+
+
+class FirstSlotOnly(Batched):
+    def combine(self, y, weights):
+        return (y * weights.unsqueeze(-1)).view(-1, self.k, HIDDEN)[:, 0]
+
+
+class LastSlotLeftOut(Batched):
+    def combine(self, y, weights):
+        return (y * weights.unsqueeze(-1)).view(-1, self.k, HIDDEN)[:, :-1].sum(dim=1)
+
+
+class SummedOverTokens(Batched):
+    """The sum runs over the wrong one of two dimensions."""
+
+    def combine(self, y, weights):
+        y = (y * weights.unsqueeze(-1)).view(-1, self.k, HIDDEN)
+        return y + y.sum(dim=0)
+
+
+class RowsOfNext(Batched):
+    def rows(self, x):
+        return super().rows(x).roll(1, 0)
+
+
+class Residual(Batched):
+    """A skip connection around each expert, weighted like it."""
+
+    def experts(self, x, topk_ids, topk_weights):
+        self.skipped = self.rows(x)
+        return super().experts(x, topk_ids, topk_weights)
+
+    def combine(self, y, weights):
+        return super().combine(y + self.skipped, weights)
+
+
+class NextIds(Batched):
+    """Ids that count from one: the experts are others, and not those of the router."""
+
+    def linear(self, operand, weight, expert_ids, bias=None):
+        return super().linear(operand, weight, (expert_ids + 1) % NUM_EXPERTS, bias)
+
+
+class ScaledBias(Biased):
+    def linear(self, operand, weight, expert_ids, bias=None):
+        assert bias is not None
+        given = bias[expert_ids].unsqueeze(-1)
+        return torch.baddbmm(given, weight[expert_ids], operand.unsqueeze(-1), beta=0.5).squeeze(-1)
+
+
+class Detached(Batched):
+    def combine(self, y, weights):
+        return super().combine(y.detach(), weights)
+
+
+class NoGradDown(Batched):
+    def linear(self, operand, weight, expert_ids, bias=None):
+        with torch.set_grad_enabled(weight is not self.down_proj):
+            return super().linear(operand, weight, expert_ids, bias)
+
+
 BATCHED_MM = ExpertsSpelling(
     name="hf_batched_mm",
     source="transformers 5.0 to 5.23, integrations/moe.py, batched_mm_experts_forward",
@@ -227,5 +315,19 @@ BATCHED_MM = ExpertsSpelling(
         NearMiss(name="mean_over_experts", build=MeanOverExperts, code="SPELLING"),
         NearMiss(name="unweighted", build=Unweighted, code="SPELLING"),
         NearMiss(name="hidden_returned", build=HiddenReturned, code="ESCAPES"),
+        NearMiss(name="slots_first", build=SlotsFirst, code="PROOF"),
+        NearMiss(name="weights_slots_first", build=WeightsSlotsFirst, code="ROUTER"),
+        NearMiss(name="ids_slots_first", build=IdsSlotsFirst, code="SPELLING"),
+        NearMiss(name="weights_of_next", build=WeightsOfNext, code="ROUTER"),
+        NearMiss(name="largest_of_slots", build=LargestOfSlots, code="SPELLING"),
+        NearMiss(name="first_slot_only", build=FirstSlotOnly, code="SPELLING"),
+        NearMiss(name="last_slot_left_out", build=LastSlotLeftOut, code="SPELLING"),
+        NearMiss(name="summed_over_tokens", build=SummedOverTokens, code="SPELLING"),
+        NearMiss(name="rows_of_next", build=RowsOfNext, code="SPELLING"),
+        NearMiss(name="residual", build=Residual, code="SPELLING"),
+        NearMiss(name="next_ids", build=NextIds, code="ROUTER"),
+        NearMiss(name="scaled_bias", build=ScaledBias, code="SPELLING"),
+        NearMiss(name="detached", build=Detached, code="SPELLING"),
+        NearMiss(name="no_grad_down", build=NoGradDown, code="GRAD_STATE"),
     ),
 )

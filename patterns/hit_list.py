@@ -7,6 +7,7 @@ for expert_idx in expert_hit:
 
 import torch
 from moe_inductor.patterns._blocks import NUM_EXPERTS
+from moe_inductor.patterns._loop_mistakes import loop_mistakes
 from moe_inductor.patterns.expert_loop import Loop
 from torch.nn import functional as F
 
@@ -33,7 +34,8 @@ class HitLoop(Loop):
         for row in self.hits(mask, topk_ids):
             e = self.index(row)
             slot, token = self.where(mask, e)
-            self.add(out, token, self.expert(e, x[token]) * topk_weights[token, slot, None])
+            y = self.expert(e, x[token]) * self.weight(topk_weights, token, slot)
+            self.add(out, token, y)
         return out
 
 
@@ -415,5 +417,14 @@ HIT_LIST = HitListSpelling(
         NearMiss(name="every_other_token", build=EveryOtherToken, code="ASSUMPTION"),
         NearMiss(name="shifted", build=Shifted, code="ASSUMPTION"),
         NearMiss(name="heavy", build=Heavy, code="ASSUMPTION"),
+        *loop_mistakes(
+            HitLoop,
+            given_to_others="SPELLING",
+            written_over="SPELLING",
+            halved_each_pass="ASSUMPTION",
+            weight_of_other_slot="SPELLING",
+            weight_of_other_token="SPELLING",
+            normalised_by_expert="SPELLING",
+        ),
     ),
 )

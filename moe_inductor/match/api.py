@@ -90,6 +90,7 @@ class ExpertsSpelling:
 
     source: where it comes from (package, file, versions).
     anchor: name of an ATen or custom op without which this spelling cannot occur ("aten::_grouped_mm").
+    defined_in: the module that has to be imported before there is such an op, for the samples.
     facts: keyword arguments of the reference, each with the values it may take.  ``weight_on`` is known beyond it:
     "input" where the routing weight scales what the expert reads, "output" where it scales what it gives.
     loop: the reference visits experts one by one; its iteration is the pattern.
@@ -104,6 +105,7 @@ class ExpertsSpelling:
     source: str
     reference: Callable[..., torch.Tensor]
     anchor: str
+    defined_in: str = "torch"
     facts: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
     loop: bool = False
     ids_in_range: str | None = None

@@ -57,13 +57,15 @@ def propose(
     for spelling in spellings:
         if spelling.anchor not in present:
             continue
+        tried: set[tuple[Shapes, str]] = set()
         for facts, shapes in itertools.product(
             combinations(spelling.facts), _shapes(canonical, spelling.anchor)
         ):
             attempt = _Attempt(spelling, facts, shapes, canonical.folded)
             pieces = attempt.pieces(0)
-            if pieces is None:
+            if pieces is None or (shapes, pieces.text) in tried:
                 continue
+            tried.add((shapes, pieces.text))
             found, failed = attempt.run(find_all(canonical.module, pieces.upper))
             refused += failed
             if found:

@@ -89,12 +89,15 @@ PROJECTIONS = tuple(Projection(t, b) for t in (False, True) for b in (False, Tru
 class Pieces:
     """upper: binds topk_ids, y (acc in a loop, topk_weights).  second: binds hidden, weight (bias, topk_ids).
     first: binds x, weight (bias, topk_ids, topk_weights).
-    rows: in a loop without biases, what an expert reads: binds x, topk_ids (topk_weights)."""
+    rows: in a loop without biases, what an expert reads: binds x, topk_ids (topk_weights).
+    text: all that was traced, with its constants: facts that write the same here are one way of writing.
+    """
 
     upper: PatternExpr
     second: PatternExpr
     first: PatternExpr
     rows: PatternExpr | None
+    text: str
 
 
 class _Hollow:
@@ -202,6 +205,7 @@ def _experts_pieces(
         ),
         first=_pattern(first, {**routing, gate_up: "weight", gate_up_bias: "bias"}),
         rows=_pattern(_before_autocast(first.args[0], shapes), routing) if has_rows else None,
+        text=str(graph),
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from moe_inductor.debug.report import BlockReport
+from moe_inductor.match.api import ExpertsSpelling, Spelling
 from tests.without_inductor import WithoutInductor
 
 
@@ -26,6 +27,15 @@ class Rewritten:
     @property
     def blocks(self) -> list[BlockReport]:
         return [block for report in self.backend.reports for block in report.blocks]
+
+
+def require(spelling: Spelling) -> None:
+    """Skips what cannot run because the package that has the spelling's operator is missing, or too old for it."""
+    if isinstance(spelling, ExpertsSpelling):
+        pytest.importorskip(spelling.defined_in)
+        namespace, name = spelling.anchor.split("::")
+        if not hasattr(getattr(torch.ops, namespace), name):
+            pytest.skip(f"{spelling.defined_in} has no {spelling.anchor}")
 
 
 @pytest.fixture

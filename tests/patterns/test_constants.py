@@ -32,7 +32,7 @@ from moe_inductor.prove import prove as proofs
 from moe_inductor.reasons import Refusal
 from moe_inductor.region.canonical import Canonical
 from moe_inductor.rewrite import pipeline
-from tests.patterns.conftest import Rewritten
+from tests.patterns.conftest import Rewritten, require
 
 SPELLINGS = discover()
 T = 11
@@ -59,12 +59,11 @@ class Proved:
         return [args[-1] for _, args in self.assumed]
 
 
-@pytest.fixture(
-    scope="module", params=[s for s in SPELLINGS if s.samples], ids=lambda spelling: spelling.name
-)
+@pytest.fixture(scope="module", params=SPELLINGS, ids=lambda spelling: spelling.name)
 def proved(request) -> Proved:
     """Every sample compiled once, in the last of its dtypes."""
     spelling = request.param
+    require(spelling)
     of = Proved(spelling, [], [], [])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOE_INDUCTOR_RAISE", "1")
@@ -132,6 +131,14 @@ def _trace_references_once(request: Any) -> None:
 # -- facts and claims --------------------------------------------------------------------------------------------------
 
 
+def test_every_spelling_is_used(proved):
+    """It is the one that did the work in a sample of its own, and not another that was asked first."""
+    used = proved.facts()
+    if isinstance(proved.spelling, ExpertsSpelling):
+        used = [b.facts for _, b in proved.experts if b.spelling is proved.spelling]
+    assert used
+
+
 def test_every_fact_value_is_used(proved):
     """A fact value that no sample needs is untested, and dead weight in every compile."""
     spelling = proved.spelling
@@ -170,6 +177,18 @@ def test_every_sample_is_claimed_by_one_spelling(proved):
     for canonical, bound, router in proved.routers:
         claims = {s.name for s in SPELLINGS if _routers_of(canonical, bound, s)}
         assert claims == {router.spelling.name}
+    for prove, (*shown, spelling, _) in _one_for_all_facts(proved.assumed):
+        claims = {
+            s.name
+            for s in SPELLINGS
+            if type(s) is type(spelling) and any(prove(*shown, s, f) for f in combinations(s.facts))
+        }
+        assert claims == {spelling.name}
+
+
+def _one_for_all_facts(assumed: list[tuple[Any, tuple[Any, ...]]]) -> list[Any]:
+    """Of lists and tests that are alike, the first."""
+    return list({repr(args[-1]): (prove, args) for prove, args in reversed(assumed)}.values())
 
 
 def _experts_of(canonical: Canonical, spelling: Spelling) -> list[Bound]:
@@ -218,7 +237,11 @@ def _between(outputs: list[fx.Node], inputs: list[fx.Node]) -> list[fx.Node]:
 
 def _changes(item: Any) -> Iterator[Any]:
     """``item`` with one number in it changed, one after the other."""
-    if isinstance(item, (list, tuple)):
+    if isinstance(item, dict):
+        for name, part in item.items():
+            for changed in _changes(part):
+                yield {**item, name: changed}
+    elif isinstance(item, (list, tuple)):
         for i, part in enumerate(item):
             for changed in _changes(part):
                 yield type(item)([*item[:i], changed, *item[i + 1 :]])
@@ -232,15 +255,15 @@ def _each_change(nodes: list[fx.Node], seen: set[Any]) -> Iterator[tuple[fx.Node
     seen: what was changed before.  Samples of a spelling share most of their statements.
     """
     for node in nodes:
-        original = node.args
+        original = (node.args, dict(node.kwargs))
         constants = repr(fx.map_arg(original, lambda _: None))
-        for number, args in enumerate(_changes(tuple(original))):
+        for number, changed in enumerate(_changes(original)):
             statement = (node.meta.get("stack_trace"), node.target, constants, number)
             if statement not in seen:
                 seen.add(statement)
-                node.args = args
+                node.args, node.kwargs = changed
                 yield node, f"{node.format_node()} was {original}"
-                node.args = original
+                node.args, node.kwargs = original
 
 
 def test_every_constant_counts(proved):
