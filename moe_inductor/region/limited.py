@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from moe_inductor.region.distinct import are_distinct, chosen_from, kept_of
 from moe_inductor.region.nodes import node_arg, value
 from moe_inductor.region.normalise import Emitter, row_of, rule
-from moe_inductor.region.rows import are_distinct, chosen_from, hits, kept_of
+from moe_inductor.region.rows import hits
 
 aten = torch.ops.aten
 
