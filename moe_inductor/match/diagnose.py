@@ -66,7 +66,6 @@ def diagnose(canonical: Canonical) -> Refusal | None:
         or beyond_threshold(region.nodes)
         or _random(canonical.graph)
         or _norm(region)
-        or _random(canonical.graph)
         or _buffer(canonical.graph)
         or _bias_not_scaled(canonical.graph)
         or _slots(canonical)
@@ -139,16 +138,6 @@ def _until_summed(product: fx.Node) -> list[fx.Node]:
         found.append(node)
         todo += node.users
     return found
-
-
-def _random(graph: fx.Graph) -> Refusal | None:
-    """Random numbers between an expert's last projection and the sum over the experts: dropout, in training."""
-    for node in graph.nodes:
-        rows = node.args[0] if is_random(node.target) and node.args else None
-        if isinstance(rows, fx.Node) and is_floating(rows) and follows_a_projection(rows):
-            words = f"`{name_of(node)}` draws random numbers for what an expert has computed"
-            return Refusal(Code.SPELLING, words, location(node))
-    return None
 
 
 def _buffer(graph: fx.Graph) -> Refusal | None:
