@@ -20,7 +20,7 @@ from torch import fx
 
 from moe_inductor.match.bind import Bound
 from moe_inductor.match.pieces import unviewed
-from moe_inductor.region.nodes import same_sizes, value
+from moe_inductor.region.nodes import is_tensor, same_sizes, value
 
 aten = torch.ops.aten
 
@@ -72,7 +72,7 @@ def _products(made: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
     for product in made.users:
         if product.target is aten.mul.Tensor and not product.kwargs:
             others = [a for a in product.args if a is not made]
-            if len(others) == 1 and isinstance(others[0], fx.Node):
+            if len(others) == 1 and isinstance(others[0], fx.Node) and is_tensor(others[0]):
                 yield product, others[0]
 
 

@@ -19,7 +19,15 @@ import torch
 from torch import fx
 
 from moe_inductor.region.axes import axes_of
-from moe_inductor.region.nodes import is_one, node_arg, origin_of, same_sizes, uncast, value
+from moe_inductor.region.nodes import (
+    is_one,
+    is_tensor,
+    node_arg,
+    origin_of,
+    same_sizes,
+    uncast,
+    value,
+)
 from moe_inductor.region.normalise import Emitter, arithmetic, cast, rule
 from moe_inductor.region.rows import hits, occur_once, rows_of
 from moe_inductor.region.sparse import matrix_of, scattered
@@ -127,7 +135,7 @@ def _of_expert(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     if axes.dims[dim] != axes.of(0) or rest != [a for a in axes.order if a.dim]:
         return None
     rows, mask = axes.base.args[:2]
-    if not isinstance(rows, fx.Node) or not isinstance(mask, fx.Node):
+    if not isinstance(rows, fx.Node) or not isinstance(mask, fx.Node) or not is_tensor(mask):
         return None
     own = _column_of(out, mask, e, origin_of(node))
     if rows.target is not aten.expand.default or own is None:
@@ -177,7 +185,7 @@ def _masked(out: Emitter, product: fx.Node, rows: fx.Node) -> fx.Node | None:
     if product.target is not aten.mul.Tensor or len(product.args) != 2:
         return None
     x, column = product.args
-    if not isinstance(x, fx.Node) or not isinstance(column, fx.Node):
+    if not isinstance(x, fx.Node) or not isinstance(column, fx.Node) or not is_tensor(column):
         return None
     mask = uncast(column)
     if mask.target is aten.view.default:

@@ -25,6 +25,7 @@ from moe_inductor.region.distinct import kept_of
 from moe_inductor.region.nodes import (
     is_one,
     is_pointwise,
+    is_tensor,
     node_arg,
     origin_of,
     same_sizes,
@@ -48,7 +49,7 @@ def _for_every_expert(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) ->
     """x [1, T, H] * m [E, T, 1] = expand(x [T, H], [E, T, H]) * m for a routing matrix m, and views of the same:
     x [T, 1, H] * m [T, E, 1],  x [1, B, S, H] * m [E, B, S, 1], .."""
     made, origin = value(node), origin_of(node)
-    if kwargs or len(args) != 2 or not all(isinstance(a, fx.Node) for a in args):
+    if kwargs or len(args) != 2 or not all(isinstance(a, fx.Node) and is_tensor(a) for a in args):
         return None
     for x, mask in (args, args[::-1]):
         axes = axes_of(uncast(mask)) if value(mask).dim() == made.dim() > 2 else None
@@ -173,7 +174,11 @@ class _Unmasking:
             return node
         if target is aten.mul.Tensor and len(args) == 2 and isinstance(args[1], fx.Node):
             x, column = node_arg(node, 0), args[1]
-            mask = _column(column) if same_sizes(value(x).shape, value(node).shape) else None
+            mask = (
+                _column(column)
+                if is_tensor(column) and same_sizes(value(x).shape, value(node).shape)
+                else None
+            )
             if mask is not None and self._is_one(mask) and value(x).dtype == value(node).dtype:
                 self.masks += 1
                 return x

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from moe_inductor.region.distinct import are_distinct, parts_of
-from moe_inductor.region.nodes import origin_of, same_sizes, value
+from moe_inductor.region.nodes import is_tensor, origin_of, same_sizes, value
 from moe_inductor.region.normalise import Emitter, rule
 from moe_inductor.region.sparse import matrix_of, scattered, spread
 
@@ -24,7 +24,7 @@ aten = torch.ops.aten
 def _joined(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     """The equation above, and so for booleans and ``or``"""
     made, origin = value(node), origin_of(node)
-    if kwargs or len(args) != 2 or not all(isinstance(a, fx.Node) for a in args):
+    if kwargs or len(args) != 2 or not all(isinstance(a, fx.Node) and is_tensor(a) for a in args):
         return None
     if (node.target is aten.add.Tensor) is (made.dtype == torch.bool):
         return None
