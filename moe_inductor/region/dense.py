@@ -9,6 +9,7 @@ rows that such a batched product reads.  Or a token's experts are picked from wh
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import sympy
@@ -47,10 +48,10 @@ def find_dense(graph: fx.Graph, known: set[fx.Node]) -> list[Dense]:
     known: choices that belong to other blocks.
     """
     roots = [node for node in graph.nodes if node not in known]
-    return [dense for root in roots if (dense := _from(graph, root)) is not None]
+    return [dense for root in roots if (dense := _from(graph, root, known)) is not None]
 
 
-def _from(graph: fx.Graph, root: fx.Node) -> Dense | None:
+def _from(graph: fx.Graph, root: fx.Node, known: set[fx.Node]) -> Dense | None:
     if name_of(root) not in ("topk", "argmax", "max") or not root.all_input_nodes:
         return None
     scores = root.all_input_nodes[0]
@@ -59,6 +60,8 @@ def _from(graph: fx.Graph, root: fx.Node) -> Dense | None:
     classes = value(scores).shape[-1]
     if not isinstance(classes, int) or classes < 2:
         return None
+    if not known.isdisjoint(_follows(graph, root)):
+        return None  # a step towards another choice: that of groups
     routed, ids = _routed(graph, root, scores), _ids(graph, root)
     stacked, single, experts = [], [], set()
     for node in graph.nodes:
@@ -116,14 +119,25 @@ def _ids(graph: fx.Graph, root: fx.Node) -> set[fx.Node]:
 def _routed(graph: fx.Graph, root: fx.Node, scores: fx.Node) -> set[fx.Node]:
     """What is made of the choice and is not larger than ``one_hot(topk_ids) [T, k, E]``."""
     largest = max([_ratio(t.shape[-1], 1) or 1 for t in tensors(root) if t.dim() > 1] or [1])
+
+    def is_small(node: fx.Node) -> bool:
+        ratios = [_ratio(t.numel(), value(scores).numel()) for t in tensors(node)]
+        return all(ratio is not None and ratio <= largest for ratio in ratios)
+
+    return _follows(graph, root, is_small)
+
+
+def _follows(
+    graph: fx.Graph, root: fx.Node, admits: Callable[[fx.Node], bool] = lambda node: True
+) -> set[fx.Node]:
+    """What is made of ``root``, also by writing in place, with no product in between."""
     found, written = {root}, set[int]()
     for node in graph.nodes:
         if node.op == "output" or name_of(node) in _GEMMS:
             continue
         if not any(a in found or not written.isdisjoint(storages(a)) for a in node.all_input_nodes):
             continue
-        ratios = [_ratio(t.numel(), value(scores).numel()) for t in tensors(node)]
-        if all(ratio is not None and ratio <= largest for ratio in ratios):
+        if admits(node):
             found.add(node)
             written.update(s for target in mutated(node) for s in storages(target))
     return found

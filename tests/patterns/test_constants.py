@@ -292,9 +292,11 @@ def _constants_of_experts(canonical: Canonical, bound: Bound, seen: set[Any]) ->
 def _constants_of_router(
     canonical: Canonical, bound: Bound, router: BoundRouter, seen: set[Any]
 ) -> None:
-    """Constants are read from the graph, so a router with another one is another router, or none."""
+    """Constants are read from the graph, so a router with another one is another router, or none.  Weights and ids are
+    taken in any shape: a last view of them is the same router."""
     assert bound.topk_weights is not None
-    nodes = _between([bound.topk_weights, bound.topk_ids], router.inputs())
+    ends = [unviewed(bound.topk_weights), unviewed(bound.topk_ids)]
+    nodes = _between(ends, router.inputs())
     for _, changed in _each_change(nodes, seen):
         for other in _routers_of(canonical, bound, router.spelling):
             assert other.router != router.router, changed
