@@ -129,7 +129,7 @@ class _Column:
 
 def _column(node: fx.Node) -> _Column | None:
     axes = axes_of(node)
-    if axes is None or not is_one(value(node).shape[-1]):
+    if axes is None or not value(node).dim() or not is_one(value(node).shape[-1]):
         return None
     source = axes.base
     if value(node).dim() == 3:
