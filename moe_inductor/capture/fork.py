@@ -56,9 +56,8 @@ class Fork(Region):
 
     some: int = dataclasses.field(kw_only=True)
     forked: Forked = dataclasses.field(kw_only=True)
-    merge: Callable[[Any, Any], Any] = dataclasses.field(
-        kw_only=True
-    )  # None where that is not possible
+    # What both ways make of a value, or None where that is not possible.
+    merge: Callable[[Any, Any], Any] = dataclasses.field(kw_only=True)
     both_ways = True
 
     def __post_init__(self) -> None:

@@ -271,9 +271,8 @@ def _pad_enumerated(attempt: scope.Attempt, tx: Any, call: Any) -> Callable[[], 
         return None
     if _location(tx, after) in attempt.frame.distrusted:
         return None
-    tx.stack[-1] = _compat.VariableTracker.build(
-        tx, []
-    )  # nobody asks for what enumerate makes of it
+    # Nobody asks for what enumerate makes of it.
+    tx.stack[-1] = _compat.VariableTracker.build(tx, [])
     return functools.partial(_pad, attempt, tx, after, length, counts)
 
 

@@ -28,13 +28,13 @@ from moe_inductor.match.api import ExpertsSpelling, combinations
 from moe_inductor.match.bind import Bound, Weight, check_experts
 from moe_inductor.match.diagnose import OVER_ROWS, UNTOLD
 from moe_inductor.match.loop import MLP, Group, Iteration, group_iterations
-from moe_inductor.match.pieces import PROJECTIONS, Pieces, Shapes, experts_pieces, unviewed
+from moe_inductor.match.pieces import PROJECTIONS, Pieces, Shapes, experts_pieces
 from moe_inductor.match.widened import widened
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.buffers import is_part
 from moe_inductor.region.canonical import Canonical, Folded
 from moe_inductor.region.distinct import are_distinct, kept_of
-from moe_inductor.region.nodes import location, name_of, same_sizes, value
+from moe_inductor.region.nodes import location, name_of, same_sizes, unviewed, value
 from moe_inductor.region.rows import hits
 from moe_inductor.unit import parse
 

@@ -19,7 +19,7 @@ from moe_inductor.match.activation import Gated
 from moe_inductor.match.bind import Weight
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.canonical import Folded
-from moe_inductor.region.nodes import location, node_arg, value
+from moe_inductor.region.nodes import location, node_arg, unviewed, value
 
 aten = torch.ops.aten
 
@@ -140,7 +140,7 @@ def _chain(iterations: list[Iteration], keeps_tokens: bool) -> list[Iteration]:
         raise Refusal(Code.ACCUMULATOR, "the experts are not added up one after the other", where)
     start = starts[0].upper["acc"]
     if keeps_tokens:
-        if _unviewed(start) is not _unviewed(starts[0].bound["x"]):
+        if unviewed(start) is not unviewed(starts[0].bound["x"]):
             words = "a token that no expert takes (capacity) keeps what is not the experts' input"
             raise Refusal(Code.ACCUMULATOR, words, location(starts[0].output))
     elif start.target is not aten.full.default or start.args[1] != 0:
@@ -155,10 +155,6 @@ def _chain(iterations: list[Iteration], keeps_tokens: bool) -> list[Iteration]:
     if len(chain) != len(iterations):
         raise Refusal(Code.ACCUMULATOR, "", location(chain[-1].output))
     return chain
-
-
-def _unviewed(node: fx.Node) -> fx.Node:
-    return node_arg(node, 0) if node.target is aten.view.default else node
 
 
 def _expert_ids(chain: list[Iteration]) -> tuple[Any, ...]:

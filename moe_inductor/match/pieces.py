@@ -36,6 +36,7 @@ from moe_inductor._compat import (
 )
 from moe_inductor.match.api import ExpertsSpelling, Linear, RouterSpelling
 from moe_inductor.region.canonical import Autocast, trace
+from moe_inductor.region.nodes import unviewed
 from moe_inductor.region.normalise import normalise
 
 _LIBRARY = torch.library.Library("moe_inductor_match", "DEF")
@@ -215,11 +216,6 @@ def _before_autocast(operand: Any, shapes: Shapes) -> fx.Node:
     if shapes.autocast is not None and is_cast and shapes.x_dtype != shapes.autocast.dtype:
         return operand.args[0]
     return operand
-
-
-def unviewed(node: Any) -> fx.Node:
-    """A projection's result before a view of it: in the normal form, that is one with the view that follows."""
-    return node.args[0] if node.target is torch.ops.aten.view.default else node
 
 
 def _start_of_sum(root: fx.Node, mark: fx.Node) -> fx.Node:

@@ -13,7 +13,7 @@ from torch import fx
 from moe_inductor.description import Groups, Router, Score
 from moe_inductor.match.api import RouterSpelling, combinations
 from moe_inductor.match.bind import Bound, BoundRouter
-from moe_inductor.match.pieces import Shapes, router_piece, unviewed
+from moe_inductor.match.pieces import Shapes, router_piece
 from moe_inductor.match.router_steps import (
     CHOICE,
     FINISH,
@@ -30,7 +30,7 @@ from moe_inductor.match.router_steps import (
 )
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.canonical import Canonical
-from moe_inductor.region.nodes import name_of, value
+from moe_inductor.region.nodes import name_of, unviewed, value
 
 _SCORES: dict[tuple[Step, ...], Score] = {
     (): "logits",

@@ -19,8 +19,7 @@ import torch
 from torch import fx
 
 from moe_inductor.match.bind import Bound
-from moe_inductor.match.pieces import unviewed
-from moe_inductor.region.nodes import is_tensor, same_sizes, value
+from moe_inductor.region.nodes import is_tensor, same_sizes, unviewed, value
 
 aten = torch.ops.aten
 

@@ -54,6 +54,7 @@ from moe_inductor.region.nodes import (
     name_of,
     storages,
     unbacked,
+    unviewed,
     value,
 )
 from moe_inductor.region.normalise import normalise
@@ -346,7 +347,7 @@ def _equals(
         return reference(topk_ids.reshape(-1, bound.moe.top_k), *others)
 
     # Below a view: the model's may have been merged into the next one.
-    inputs = [_unviewed(bound.topk_ids), *further]
+    inputs = [unviewed(bound.topk_ids), *further]
     try:
         traced = trace(of_ids, [value(n) for n in inputs], canonical.fake_mode)
     except Exception:  # it does not run with these ids, so it is not what the model ran
@@ -358,7 +359,7 @@ def _equals(
     for name, (mine, theirs) in enumerate(zip(inputs, placeholders, strict=True)):
         numbering.leaf(mine, name)
         numbering.leaf(theirs, name)
-    return numbering.number(_unviewed(node)) == numbering.number(_unviewed(output.args[0]))
+    return numbering.number(unviewed(node)) == numbering.number(unviewed(output.args[0]))
 
 
 def _guards_its_own_rows(test: NonEmpty) -> None:
@@ -384,8 +385,8 @@ def _counts_no_other_ids(
     """The counts are those of the block's ids, all of which are below the length."""
     held = canonical.held_in(counts)
     ids = None
-    if held is not None and _unviewed(held).target is aten.bincount.default:
-        ids = root_of(_unviewed(held).all_input_nodes[0])
+    if held is not None and unviewed(held).target is aten.bincount.default:
+        ids = root_of(unviewed(held).all_input_nodes[0])
     if ids is not root_of(bound.topk_ids) or not ids_in_range(bound.topk_ids, length.length):
         raise Refusal(
             Code.ASSUMPTION,
@@ -457,13 +458,6 @@ def _index_in(canonical: Canonical, dynamo: fx.Node) -> fx.Node | None:
     rows = canonical.held_in(dynamo.all_input_nodes[0])
     made = [n for n in canonical.graph.nodes if n.target is EXPERT_INDEX and n.args[0] is rows]
     return made[0] if len(made) == 1 else None
-
-
-def _unviewed(node: Any) -> fx.Node:
-    """A list [n, 1] as [n] is the same list, and the order of ids is nothing to a count."""
-    while node.target is aten.view.default:
-        node = node.args[0]
-    return node
 
 
 def _where(assumption: Assumption) -> str:

@@ -16,13 +16,12 @@ import torch
 from torch import fx
 
 from moe_inductor.match.bind import Bound, BoundRouter
-from moe_inductor.match.pieces import unviewed
 from moe_inductor.match.router_steps import run
 from moe_inductor.prove.expressions import Numbering, describe
 from moe_inductor.prove.reference import DescribedExperts, Projection
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.canonical import Autocast, Canonical, trace
-from moe_inductor.region.nodes import value
+from moe_inductor.region.nodes import unviewed, value
 from moe_inductor.region.normalise import normalise
 
 

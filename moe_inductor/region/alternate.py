@@ -38,9 +38,8 @@ def columns_of(
     width = outer * inner
     if sizes[-1] % width:
         return None
-    if (
-        sizes[-1] != width
-    ):  # what the columns are for is told apart as well: n experts of a token, of s n columns
+    if sizes[-1] != width:
+        # What the columns are for is told apart as well: n experts of a token, of s n columns each.
         sizes = [*shape[:-2], width]
     places = {len(shape) - 1: inner, len(shape) - 2: outer}
     if not 0 <= index < places.get(dim, 0) or 1 in (outer, inner):

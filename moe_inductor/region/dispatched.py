@@ -30,6 +30,7 @@ from moe_inductor.region.nodes import (
     origin_of,
     same_sizes,
     uncast,
+    unviewed,
     value,
 )
 from moe_inductor.region.normalise import Emitter, arithmetic, cast, rule
@@ -197,7 +198,7 @@ class _Unmasking:
     def _is_one(self, mask: _Column) -> bool:
         """Is it 1 wherever the score is not 0?"""
         own = self.scores
-        if _unviewed(mask.ids) is not _unviewed(own.ids) or mask.expert != own.expert:
+        if unviewed(mask.ids) is not unviewed(own.ids) or mask.expert != own.expert:
             return False
         if not same_sizes([mask.width], [own.width]):
             return False
@@ -230,9 +231,3 @@ def _factors(node: fx.Node) -> set[fx.Node]:
             nodes = [a for a in node.args if isinstance(a, fx.Node)]
             todo += nodes if node.target is aten.mul.Tensor else nodes[:1]
     return found
-
-
-def _unviewed(node: fx.Node) -> fx.Node:
-    while node.target is aten.view.default:
-        node = node_arg(node, 0)
-    return node

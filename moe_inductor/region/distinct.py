@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moe_inductor.region.nodes import is_one, node_arg, same_sizes, uncast, value
+from moe_inductor.region.nodes import is_one, node_arg, same_sizes, uncast, unviewed, value
 
 aten = torch.ops.aten
 
@@ -98,15 +98,9 @@ def _are_apart(parts: Sequence[fx.Node], below: Any) -> bool:
     if not isinstance(width, int) or width > E:
         return False
     return all(
-        any(_unviewed(gone) is _unviewed(kept_of(one)) for gone in _excluded(later))
+        any(unviewed(gone) is unviewed(kept_of(one)) for gone in _excluded(later))
         for (one, _), (_, later) in itertools.combinations(zip(parts, scores, strict=True), 2)
     )
-
-
-def _unviewed(node: fx.Node) -> fx.Node:
-    while node.target is aten.view.default:
-        node = node_arg(node, 0)
-    return node
 
 
 def _excluded(scores: fx.Node) -> Iterator[fx.Node]:

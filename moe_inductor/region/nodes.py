@@ -78,6 +78,13 @@ def unbacked(item: Any) -> frozenset:
     return frozenset()
 
 
+def unviewed(node: Any) -> fx.Node:
+    """What ``node`` of the normal form is a view of, or itself."""
+    while node.target is torch.ops.aten.view.default:
+        node = node_arg(node, 0)
+    return node
+
+
 def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Compared by how they are written: to ask a symbolic size for its value would add a guard."""
     return [written(size) for size in a] == [written(size) for size in b]

@@ -10,9 +10,16 @@ from torch import fx
 
 from moe_inductor.description import Experts
 from moe_inductor.match.bind import Bound, Weight
-from moe_inductor.match.pieces import unviewed
 from moe_inductor.reasons import Code, Refusal
-from moe_inductor.region.nodes import is_floating, is_tensor, location, same_sizes, storages, value
+from moe_inductor.region.nodes import (
+    is_floating,
+    is_tensor,
+    location,
+    same_sizes,
+    storages,
+    unviewed,
+    value,
+)
 from moe_inductor.rewrite.calls import EXPERTS
 from moe_inductor.rewrite.identities import add_identities, keep_tokens
 from moe_inductor.rewrite.liveness import erase_unneeded, needed

@@ -10,10 +10,9 @@ from torch import fx
 
 from moe_inductor.description import Router
 from moe_inductor.match.bind import Bound, BoundRouter
-from moe_inductor.match.pieces import unviewed
 from moe_inductor.ops.check import Routing
 from moe_inductor.reasons import Code, Refusal
-from moe_inductor.region.nodes import is_floating, location, name_of, same_sizes, value
+from moe_inductor.region.nodes import is_floating, location, name_of, same_sizes, unviewed, value
 from moe_inductor.rewrite.calls import EXPERTS, ROUTING
 from moe_inductor.rewrite.identities import is_summed
 from moe_inductor.rewrite.liveness import erase_unneeded, needed

@@ -25,12 +25,13 @@ from moe_inductor.match.api import (
 )
 from moe_inductor.match.bind import Bound, BoundRouter
 from moe_inductor.match.experts import propose
-from moe_inductor.match.pieces import PROJECTIONS, Shapes, experts_pieces, router_piece, unviewed
+from moe_inductor.match.pieces import PROJECTIONS, Shapes, experts_pieces, router_piece
 from moe_inductor.match.router import propose_routers
 from moe_inductor.prove import assumptions
 from moe_inductor.prove import prove as proofs
 from moe_inductor.reasons import Refusal
 from moe_inductor.region.canonical import Canonical
+from moe_inductor.region.nodes import unviewed
 from moe_inductor.rewrite import pipeline
 from tests.patterns.conftest import Rewritten, require
 
