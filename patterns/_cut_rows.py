@@ -305,6 +305,20 @@ class OthersUpToLast(CountedUpToLast):
         return torch.bincount(topk_ids[:, 0])
 
 
+class OtherPasses(CountedUpToLast):
+    """Rows by the counts of all choices, but as many passes as the first choices of all tokens say."""
+
+    def experts(self, x, topk_ids, topk_weights):
+        out, order = torch.zeros_like(x), topk_ids.view(-1).argsort()
+        ends = torch.bincount(topk_ids.flatten(), minlength=NUM_EXPERTS).cumsum(0).tolist()
+        tokens = order // TOP_K
+        for e, _ in enumerate(self.counts(topk_ids[:, 0])):
+            start, end = ends[e - 1] if e else 0, ends[e]
+            y = self.mlps[e](x[tokens[start:end]])
+            self.add(out, tokens[start:end], y * topk_weights.view(-1, 1)[order[start:end]])
+        return out
+
+
 SAMPLES = (
     Sample(name="cut", build=Cut),
     Sample(name="cut_by_items", build=Items, brief=True),
@@ -337,4 +351,5 @@ NEAR_MISSES = (
     NearMiss(name="reduced_past_other", build=ReducedPastOther, code="ASSUMPTION"),
     NearMiss(name="counts_visits", build=CountsVisits, code="ASSUMPTION"),
     NearMiss(name="others_up_to_last", build=OthersUpToLast, code="PROOF"),
+    NearMiss(name="other_passes", build=OtherPasses, code="ASSUMPTION"),
 )
