@@ -27,8 +27,10 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.cells import SHAPES, TOKENS
-from moe_inductor.kernels import align, combine, decode, down, gate_up, routing
+from moe_inductor.kernels import align, combine, decode, down, gate_up, router_logits, routing
 from moe_inductor.ops import cuda
+from moe_inductor.ops.block import Block
+from moe_inductor.ops.check import Call, Routing
 
 SM90 = GPUTarget("cuda", 90, 32)
 RESULTS = pathlib.Path(__file__).parent / "results" / "compiled_sm90.json"
@@ -93,7 +95,7 @@ def recording(
         launches.append(Launch(kernel, args, meta))
 
     with contextlib.ExitStack() as stack:
-        for module in (align, combine, decode, down, gate_up, routing):
+        for module in (align, combine, decode, down, gate_up, router_logits, routing):
             stack.enter_context(mock.patch.object(module, "launch", launch))
         for name, value in (
             ("_capability", capability),
@@ -161,12 +163,10 @@ def _launches(shape: Any, T: int, stored: str) -> list[Launch]:
         gate_up_proj, down_proj = (
             [w] if stored == "stacked" else list(w.unbind(0)) for w in weights
         )
-        logits = torch.empty(T, shape.E, dtype=torch.bfloat16)
-        x = torch.empty(T, shape.H, dtype=torch.bfloat16)
-        topk_weights, topk_ids = cuda.topk_routing(logits, shape.k, True, torch.bfloat16)
-        cuda.fused_experts(
-            x, topk_ids, topk_weights, gate_up_proj, [], down_proj, "silu", torch.bfloat16
-        )
+        x, router_weight = (torch.empty(n, shape.H, dtype=torch.bfloat16) for n in (T, shape.E))
+        routing = Routing(x, shape.k, True, torch.bfloat16)
+        experts = Call(x, x, x, gate_up_proj, [], down_proj, "silu", torch.bfloat16)
+        cuda.fused_moe(*Block.of(x, router_weight, None, routing, experts))
     return launches
 
 

@@ -1,10 +1,10 @@
 """``python -m benchmarks.graphs``: whole Hugging Face blocks in CUDA graphs beside the fused ops alone, on the GPU.
 
 ``torch.compile(model, backend="moe_inductor", mode="reduce-overhead")`` of transformers' own Qwen3-MoE and Mixtral
-blocks, one and a model of eight, against ``topk_routing`` + ``fused_experts`` on the same tokens and against those
-behind the router's GEMM; each a CUDA graph that is replayed again and again.  Before each replay torch copies the
-model's input into the graph's memory: once a model, not once a block.  Times are per block.  Results go to
-``benchmarks/results/graphs.json`` or ``--out``.
+blocks, one and a model of eight, against ``topk_routing`` + ``fused_experts`` on the same tokens, against those behind
+the router's GEMM, and against the op that is all of these; each a CUDA graph that is replayed again and again.
+Before each replay torch copies the model's input into the graph's memory: once a model, not once a block.  Times are
+per block.  Results go to ``benchmarks/results/graphs.json`` or ``--out``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_inductor.ops.cuda import fused_experts, topk_routing
+from moe_inductor.ops.block import Block
+from moe_inductor.ops.check import Call, Routing
+from moe_inductor.ops.cuda import fused_experts, fused_moe, topk_routing
 
 from .h200 import environment
 from .layers import BLOCKS, RESULTS, block_width, first
@@ -85,9 +87,21 @@ def measure(name: str, T: int, blocks: list[nn.Module]) -> dict[str, Any]:
     def behind_gates() -> list[torch.Tensor]:
         return [ops(block, nn.functional.linear(rows, block.gate.weight)) for block in blocks]
 
+    def whole(block: nn.Module) -> torch.Tensor:
+        routing = Routing(rows, block.gate.top_k, True, x.dtype)
+        gate_up, down = [block.experts.gate_up_proj], [block.experts.down_proj]
+        experts = Call(rows, rows, rows, gate_up, [], down, "silu", x.dtype)  # type: ignore[arg-type]
+        return fused_moe(*Block.of(rows, block.gate.weight, None, routing, experts))
+
+    def all_whole() -> list[torch.Tensor]:
+        return [whole(block) for block in blocks]
+
     row: dict[str, Any] = {"block": name, "T": T}
     row["us_ops"] = replays_us(graph_of(all_ops).replay) / len(blocks)
     row["us_gate_and_ops"] = replays_us(graph_of(behind_gates).replay) / len(blocks)
+    row["us_block_op"] = replays_us(graph_of(lambda: [whole(b) for b in blocks]).replay) / len(
+        blocks
+    )
     for column, some in (("us_block", blocks[:1]), ("us_block_of_model", blocks)):
         torch._dynamo.reset()
         model = Model(some)

@@ -381,6 +381,37 @@ def decompose(op: OpOverload, function: Callable[..., Any], device: str) -> None
 # --- region/: symbolic sizes ----------------------------------------------------------------------------------------
 
 
+try:
+    from torch._C._dynamo.guards import (
+        _empty_strided_cuda,  # pyright: ignore[reportAttributeAccessIssue]
+    )
+except ImportError:
+    _empty_strided_cuda = None
+
+
+def empty_on(device: torch.device) -> Callable[..., torch.Tensor]:
+    """``empty(sizes, strides, dtype)`` on the current device, which ``device`` is: what Inductor's own code calls for
+    CUDA, at half the price of ``torch.empty_strided``."""
+    if device.type == "cuda" and _empty_strided_cuda is not None:
+        return _empty_strided_cuda
+
+    def empty(sizes: Any, strides: Any, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty_strided(sizes, strides, dtype=dtype, device=device)
+
+    return empty
+
+
+def below_autograd(op: OpOverload, rewrite: Callable[[torch.fx.Node], None]) -> None:
+    """Inductor hands every call of ``op`` in its graphs, which are functional and below autograd, to ``rewrite``."""
+    from torch._inductor.fx_passes.post_grad import pass_patterns
+    from torch._inductor.pattern_matcher import CallFunctionVarArgs
+
+    def found(match: Match, *args: Any, **kwargs: Any) -> None:
+        rewrite(match.output_node())
+
+    register_graph_pattern(CallFunctionVarArgs(op), pass_dict=pass_patterns[-1])(found)  # type: ignore[arg-type]
+
+
 def size_expr(size: torch.SymInt) -> sympy.Expr:
     """The expression of ``size``.  Products that the frame's guards say are equal are written in one way.
 

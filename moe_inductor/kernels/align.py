@@ -242,9 +242,9 @@ def align(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> Alignment:
             num_experts,
             PADDED_E=padded_e,
             BLOCK_M=block_m,
-            BLOCK=min(1024, max(128, triton.next_power_of_2(num_slots))),
+            BLOCK=max(128, triton.next_power_of_2(num_slots)),  # all at once
             FILL=128,
-            num_warps=4,
+            num_warps=4 if num_slots <= 1024 else 8,
         )
         return result
     # Small chunks are placed sooner, but everybody reads the counts of all chunks.

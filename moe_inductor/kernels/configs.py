@@ -17,16 +17,19 @@ import torch
 
 # Reading this much costs about as much as the two launches that decode saves (3.5 us on an H200).
 DECODE_REPEATED_BYTES = 16e6
-# Rows per expert.  Up to SOME_ROWS they fit in a tile of 64, on the average.  Below FEW_ROWS reading the weights is the
-# cost, and small experts are better off with such tiles too; from MANY_ROWS on the arithmetic is, and an early start
-# gains nothing.
+# Rows per expert.  Up to SOME_ROWS they fit in a tile of 64, on the average; from there on an early start costs the
+# GEMMs more than it gains.  Below FEW_ROWS reading the weights is the cost, and small experts are better off with
+# tiles of 64 too; from MANY_ROWS on the arithmetic is.
 SOME_ROWS, FEW_ROWS, MANY_ROWS = 48, 96, 192
-# H * I of small experts (OLMoE's have 2.1e6, gpt-oss's, for which both kinds of tiles take the same time, 8.3e6).
-SMALL_EXPERT = 4e6
+# H * I of small experts (OLMoE's have 2.1e6, gpt-oss's 8.3e6, DeepSeek-V3's, which are not small, 14.7e6).
+SMALL_EXPERT = 1e7
 # In-features from which a small tile of the down GEMM is deeper, where it is read by pointers.
 DEEP = 4096
 # What one tile for every T is chosen for: rows per expert.
 MIDDLE_ROWS = 32
+# The router's product: how large it may be before a library's GEMM is as fast (each program reads its expert's row
+# again for other tokens), from how many programs on they work on more tokens each, and what one has in registers.
+MAX_ROUTER_PRODUCTS, MANY_ROUTER_PROGRAMS, ROUTER_BYTES = 12e6, 512, 2**14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +85,14 @@ Plan = DecodePlan | GroupedPlan
 
 
 @dataclasses.dataclass(frozen=True)
+class RouterPlan:
+    """The router's product: tokens, and elements of their rows, that one program has at a time."""
+
+    block_t: int
+    block_h: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Problem:
     """Everything a plan may depend on.
 
@@ -125,6 +136,17 @@ def choose_plan(problem: Problem) -> Plan:
     if not problem.has_large_shared_memory or not problem.unit_stride:
         return _portable_plan(block_m)
     return GroupedPlan(_hopper_gate_up(problem, block_m), _hopper_down(problem, block_m))
+
+
+def router_plan(T: int, E: int, H: int, dtype: torch.dtype) -> RouterPlan | None:
+    """How the router's product is made; None where a library's GEMM is as fast."""
+    if T * E * H > MAX_ROUTER_PRODUCTS:
+        return None
+    block_t = min(1 << (T - 1).bit_length(), 4)
+    if E * -(-T // block_t) >= MANY_ROUTER_PROGRAMS:
+        return RouterPlan(8, 512)
+    elements = ROUTER_BYTES // dtype.itemsize // block_t
+    return RouterPlan(block_t, min(1 << (H - 1).bit_length(), elements))
 
 
 def _same_sums(problem: Problem) -> Problem:
@@ -197,12 +219,13 @@ def _hopper_gate_up(problem: Problem, block_m: int) -> GemmConfig:
         return GemmConfig(32, 64, 128, num_warps=4, num_stages=3, weights_by_tma=tma)
     rows = _rows_per_expert(problem)
     if block_m == 64 and rows >= SOME_ROWS:
-        return GemmConfig(64, 128, 64, 8, 8, 4, tma, persistent=tma)
+        return GemmConfig(64, 128, 64, 8, 8, 4, tma, persistent=tma, early=False)
     # Programs that walk the tiles, unless each step would have to make a descriptor for little arithmetic.
     persistent = tma and (not problem.from_table or rows >= MANY_ROWS)
     if block_m == 64:
         return GemmConfig(64, 64, 128 if persistent else 64, 8, 4, 4, tma, persistent)
-    return GemmConfig(128, 128, 64, 8, 8, 4, tma, persistent, early=rows < MANY_ROWS)
+    group = 4 if rows < FEW_ROWS else 8
+    return GemmConfig(128, 128, 64, group, 8, 4, tma, persistent, early=False)
 
 
 def _hopper_down(problem: Problem, block_m: int) -> GemmConfig:
@@ -214,10 +237,12 @@ def _hopper_down(problem: Problem, block_m: int) -> GemmConfig:
         return GemmConfig(16, 64, 256, num_warps=4, num_stages=3, weights_by_tma=True)
     if block_m == 32:
         return GemmConfig(32, 128, 128, 1, 4, 4 if tma else 3, tma, persistent=tma)
-    if block_m == 64:
-        return GemmConfig(64, 128, 128, 8, 4, 4, tma, persistent=tma)
     rows = _rows_per_expert(problem)
+    if block_m == 64 and rows >= SOME_ROWS and problem.I >= 2048:
+        return GemmConfig(64, 256, 64, 8, 4, 4, tma, persistent=tma, early=False)
+    if block_m == 64:
+        return GemmConfig(64, 128, 128, 8, 4, 4, tma, persistent=tma, early=rows < SOME_ROWS)
     if tma and rows < FEW_ROWS and not problem.from_table:
-        return GemmConfig(128, 128, 64, 4, 4, 3, weights_by_tma=True)
+        return GemmConfig(128, 128, 64, 1, 4, 3, weights_by_tma=True, early=False)
     stages = 4 if tma else 3
-    return GemmConfig(128, 256, 64, 8, 8, stages, tma, persistent=tma, early=rows < MANY_ROWS)
+    return GemmConfig(128, 256, 64, 8, 8, stages, tma, persistent=tma, early=False)

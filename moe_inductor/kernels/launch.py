@@ -24,6 +24,8 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from moe_inductor._compat import empty_on
+
 from .early import starts_early
 
 ALIGNMENT = 16  # what Triton specialises addresses on
@@ -86,6 +88,11 @@ def launch(
         _RECORDING.steps.append(_Step(compiled, kernel, grid, args, meta))
 
 
+def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Uninitialised memory for a result of the call."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
 def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Uninitialised memory that only the launches of this call see.  A program takes all of it in one piece."""
     tensor = torch.empty(shape, dtype=dtype, device=device)
@@ -137,12 +144,19 @@ class Program:
         scratch: Sequence[torch.Tensor],
         steps: Sequence[_Step],
     ) -> None:
-        self.results = [(tuple(r.shape), r.stride(), r.dtype, r.device) for r in results]
+        self.results = [(tuple(r.shape), r.stride(), r.dtype) for r in results]
+        self.device = results[0].device
+        self.empty = empty_on(self.device)
         self.current_stream = triton.runtime.driver.active.get_current_stream
         places: dict[int, str] = {}
+        # Inputs that were one tensor: what the launches know is the first one's address.
+        self.same: list[tuple[int, int]] = []
         for index, tensor in enumerate([*inputs, *results]):
-            if tensor is not None:
-                places.setdefault(id(tensor), f"address_{index}")
+            if tensor is None:
+                continue
+            place = places.setdefault(id(tensor), f"address_{index}")
+            if place != f"address_{index}":
+                self.same.append((int(place.removeprefix("address_")), index))
         last = len(inputs) + len(results)
         self.scratch_bytes = 0
         for tensor in scratch:
@@ -175,25 +189,22 @@ class Program:
         return Program(inputs, results, scratch, steps) if all(map(_is_plain, fresh)) else None
 
     def __call__(self, addresses: Sequence[int]) -> list[torch.Tensor] | None:
-        """The results; None, and nothing launched, where an allocator does not align what it gives."""
-        # empty_strided takes half the time of empty.
-        results = [
-            torch.empty_strided(shape, strides, dtype=dtype, device=device)
-            for shape, strides, dtype, device in self.results
-        ]
-        device = self.results[0][3]
+        """The results; None, and nothing launched, where an allocator does not align what it gives, or where inputs
+        are two tensors that were one when this was written down."""
+        for first, second in self.same:
+            if addresses[first] != addresses[second]:
+                return None
+        results = [self.empty(*like) for like in self.results]
         fresh = [tensor.data_ptr() for tensor in results]
         if self.scratch_bytes:
-            memory = torch.empty_strided(
-                (self.scratch_bytes,), (1,), dtype=torch.uint8, device=device
-            )
+            memory = self.empty((self.scratch_bytes,), (1,), torch.uint8)
             fresh.append(memory.data_ptr())
         for address in fresh:
             if address % ALIGNMENT:
                 return None
         if self.device_descriptors:
             allow_device_descriptors()
-        self.run(self.current_stream(device.index), *addresses, *fresh)
+        self.run(self.current_stream(self.device.index), *addresses, *fresh)
         return results
 
 
@@ -270,22 +281,14 @@ class Programs:
         what: everything beside the facts of ``inputs`` that the launches depend on.
         inputs: the tensors on the current device that the launches may read; None where one is absent.
         """
-        key, addresses = [what], []
-        for tensor in inputs:
-            if tensor is None:
-                key.append(None)
-                addresses.append(0)
-                continue
-            address = tensor.data_ptr()
-            addresses.append(address)
-            key += (
-                tensor.shape,
-                tensor.stride(),
-                tensor.dtype,
-                tensor.get_device(),
-                address % ALIGNMENT,
-            )
-        key = tuple(key)
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in inputs]
+        facts = [
+            (t.shape, t.stride(), t.dtype, t.get_device(), address % ALIGNMENT)
+            if t is not None
+            else None
+            for t, address in zip(inputs, addresses, strict=True)
+        ]
+        key = (what, *facts)
         program = self._programs.get(key)
         if isinstance(program, Program):
             if not _hooked():

@@ -14,12 +14,14 @@ NaN counts as the largest value, as in ``torch.topk``; ids are distinct and insi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 
 from .early import begin, next_may_begin
-from .launch import launch
+from .launch import fresh, launch
 
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -215,11 +217,16 @@ def topk_routing(
     fill: float = 0.0,
     fill_weights: bool = False,
     score_dtype: torch.dtype | None = None,
+    first: bool = True,
+    allocate: Callable[..., torch.Tensor] = fresh,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``moe_inductor.ops.topk_routing`` on checked arguments."""
+    """``moe_inductor.ops.topk_routing`` on checked arguments.
+
+    first: no kernel of the same call runs before.  allocate: where the results come from (``launch.scratch``).
+    """
     T, E = router_logits.shape
-    topk_weights = torch.empty((T, k), dtype=weights_dtype, device=router_logits.device)
-    topk_ids = torch.empty((T, k), dtype=torch.int64, device=router_logits.device)
+    topk_weights = allocate((T, k), weights_dtype, router_logits.device)
+    topk_ids = allocate((T, k), torch.int64, router_logits.device)
     if T == 0 or k == 0:
         return topk_weights, topk_ids
     if router_logits.stride(1) != 1:
@@ -255,6 +262,6 @@ def topk_routing(
         PADDED_G=triton.next_power_of_2(groups),
         PADDED_S=triton.next_power_of_2(E // groups),
         num_warps=1 if E <= 512 else 4,
-        first=True,
+        first=first,
     )
     return topk_weights, topk_ids

@@ -13,16 +13,26 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from moe_inductor.kernels.align import align
 from moe_inductor.kernels.combine import combine
-from moe_inductor.kernels.configs import DecodePlan, GroupedPlan, Plan, Problem, choose_plan
+from moe_inductor.kernels.configs import (
+    DecodePlan,
+    GroupedPlan,
+    Plan,
+    Problem,
+    choose_plan,
+    router_plan,
+)
 from moe_inductor.kernels.decode import decode_down, decode_gate_up
 from moe_inductor.kernels.down import down
 from moe_inductor.kernels.gate_up import gate_up
 from moe_inductor.kernels.launch import Programs, repeatable, scratch
+from moe_inductor.kernels.router_logits import router_logits
 from moe_inductor.kernels.routing import topk_routing as _topk_routing
 from moe_inductor.kernels.weights import Projection, Stored, stacked_bias
+from moe_inductor.ops.block import Block
 from moe_inductor.ops.check import Routing
 from moe_inductor.unit import Unit, parse
 
@@ -100,6 +110,67 @@ def fused_experts(
     weights = (gate.tensor, up.tensor if up else None, down_.tensor)
     inputs = [hidden_states, topk_ids, topk_weights, *weights, *biases]
     return _PROGRAMS.run((facts, lists), inputs, _fused_experts, *arguments)[0]
+
+
+def fused_moe(*args: Any) -> torch.Tensor:
+    """``moe_inductor::fused_moe``: the router's product, ``topk_routing`` and ``fused_experts`` in a row."""
+    call = Block(*args)
+    x = call.router_input
+    if _is_elsewhere(x):
+        with torch.cuda.device(x.device):
+            return fused_moe(*args)
+    gate, down_ = Stored.of(call.gate_up_proj), Stored.of(call.down_proj)
+    up = Stored.of(call.up_proj) if call.up_proj else None
+    lists = (call.gate_up_bias, call.up_bias, call.down_bias)
+    biases = [stacked_bias(b) if b else None for b in lists]
+    arguments = (call, gate, up, down_, biases)
+    if not repeatable(x):
+        return _fused_moe(*arguments)[0]
+    # Everything that is no tensor.
+    what = (
+        call[3:_ROUTING_BIAS],
+        call[_ROUTING_BIAS + 1 : _HIDDEN],
+        (call.activation, call.out_dtype, call.interleaved, call.weight_on_input),
+        call.batch_invariant,
+        (gate.of_list, up.of_list if up else None, down_.of_list),
+    )
+    inputs = [
+        x,
+        call.router_weight,
+        call.router_bias,
+        call.bias,
+        call.hidden_states,
+        gate.tensor,
+        up.tensor if up else None,
+        down_.tensor,
+        *biases,
+    ]
+    return _PROGRAMS.run(what, inputs, _fused_moe, *arguments)[0]
+
+
+_ROUTING_BIAS, _HIDDEN = Block._fields.index("bias"), Block._fields.index("hidden_states")
+
+
+def _fused_moe(
+    call: Block,
+    gate: Stored,
+    up: Stored | None,
+    down_: Stored,
+    biases: Sequence[torch.Tensor | None],
+) -> list[torch.Tensor]:
+    x, weight, bias = call[:3]
+    E, H = weight.shape
+    plan = router_plan(x.shape[0], E, H, x.dtype) if x.dtype in DTYPES else None
+    rows = x.dtype == weight.dtype and x.stride(1) == weight.stride(1) == 1
+    if plan is None or not rows or x.shape[0] == 0:
+        topk_weights, topk_ids = topk_routing(F.linear(x, weight, bias), *call.routing)
+        return [fused_experts(call.hidden_states, topk_ids, topk_weights, *call.experts)]
+    logits = router_logits(x, weight, bias, plan)
+    topk_weights, topk_ids = _topk_routing(logits, *call.routing, first=False, allocate=scratch)
+    facts = (call.activation, call.out_dtype, *call[-3:])
+    return _fused_experts(
+        call.hidden_states, topk_ids, topk_weights, gate, up, down_, biases, *facts
+    )
 
 
 def _fused_experts(

@@ -15,16 +15,17 @@ from moe_inductor.ops.library import LIBRARY, NAMESPACE, TAGS
 _NAME = f"{NAMESPACE}::fused_experts"
 _BACKWARD_NAME = f"{NAMESPACE}::fused_experts_backward"
 
-_INPUTS = (
-    "Tensor hidden_states, Tensor topk_ids, Tensor topk_weights,"
-    " Tensor[] gate_up_proj, Tensor[] up_proj, Tensor[] down_proj, str activation"
-)
+_WEIGHTS = "Tensor[] gate_up_proj, Tensor[] up_proj, Tensor[] down_proj, str activation"
+_INPUTS = f"Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, {_WEIGHTS}"
 _MORE = (
     "Tensor[] gate_up_bias, Tensor[] up_bias, Tensor[] down_bias,"
     " bool interleaved, bool weight_on_input"
 )
+_OPTIONS = f"ScalarType out_dtype, {_MORE}, bool batch_invariant"
+# For an op that finds the ids and weights itself.
+SCHEMA = f"Tensor hidden_states, {_WEIGHTS}, {_OPTIONS}"
 LIBRARY.define(
-    f"fused_experts({_INPUTS}, ScalarType out_dtype, {_MORE}, bool batch_invariant) -> Tensor",
+    f"fused_experts({_INPUTS}, {_OPTIONS}) -> Tensor",
     tags=TAGS,
 )
 LIBRARY.define(

@@ -14,11 +14,26 @@ from moe_inductor.ops.scores import gradient
 
 _NAME = f"{NAMESPACE}::topk_routing"
 
+_DEFAULTS = {
+    "Tensor? bias": "None",
+    "str score": "'softmax'",
+    "str weight": "'softmax'",
+    "float epsilon": "0.0",
+    "float? minimum": "None",
+    "float scale": "1.0",
+    "int groups": "1",
+    "int kept_groups": "1",
+    "str group_score": "'max'",
+    "float fill": "0.0",
+    "bool fill_weights": "False",
+    "ScalarType? score_dtype": "None",
+}
+# What follows the logits, without defaults, for an op that goes on behind it.
+SCHEMA = ", ".join(["int k, bool renormalise, ScalarType weights_dtype", *_DEFAULTS])
 LIBRARY.define(
-    "topk_routing(Tensor router_logits, int k, bool renormalise, ScalarType weights_dtype, Tensor? bias=None,"
-    " str score='softmax', str weight='softmax', float epsilon=0.0, float? minimum=None, float scale=1.0,"
-    " int groups=1, int kept_groups=1, str group_score='max', float fill=0.0, bool fill_weights=False,"
-    " ScalarType? score_dtype=None) -> (Tensor topk_weights, Tensor topk_ids)",
+    "topk_routing(Tensor router_logits, int k, bool renormalise, ScalarType weights_dtype, "
+    + ", ".join(f"{name}={default}" for name, default in _DEFAULTS.items())
+    + ") -> (Tensor topk_weights, Tensor topk_ids)",
     tags=TAGS,
 )
 

@@ -46,6 +46,7 @@ from moe_inductor.region.thresholds import (
     chosen_by_experts,
     kept_by_threshold,
 )
+from moe_inductor.rewrite import whole_block  # noqa: F401 (registers itself with Inductor)
 from moe_inductor.rewrite.experts import ExpertsRewriter
 from moe_inductor.rewrite.router import RouterRewriter
 from moe_inductor.rewrite.support import check_support

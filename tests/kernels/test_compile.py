@@ -15,6 +15,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from benchmarks.compiled import Launch, assembled, recording  # noqa: E402
 from moe_inductor.kernels import gate_up  # noqa: E402
 from moe_inductor.ops import cuda  # noqa: E402
+from moe_inductor.ops.block import Block  # noqa: E402
+from moe_inductor.ops.check import Call, Routing  # noqa: E402
 from tests.routers import ROUTERS, call  # noqa: E402
 from tests.units import GATED  # noqa: E402
 
@@ -67,6 +69,25 @@ def record():
                 down_bias=biases[1],
                 **facts,
             )
+        return launches
+
+    return run
+
+
+@pytest.fixture
+def record_block():
+    """Like ``record``, the router's product included."""
+
+    def run(capability, T, E, k, H, I, dtype=torch.bfloat16, bias=False):
+        with torch.device("meta"):
+            x, router = torch.empty(T, H, dtype=dtype), torch.empty(E, H, dtype=dtype)
+            gate_up_proj = [torch.empty(E, 2 * I, H, dtype=dtype)]
+            down_proj = [torch.empty(E, H, I, dtype=dtype)]
+            router_bias = torch.empty(E, dtype=dtype) if bias else None
+        routing = Routing(x, k, True, dtype)
+        experts = Call(x, x, x, gate_up_proj, [], down_proj, "silu", dtype)
+        with recording(capability) as launches:
+            cuda.fused_moe(*Block.of(x, router, router_bias, routing, experts))
         return launches
 
     return run
@@ -175,14 +196,14 @@ def test_other_gpus(target, capability, shared_kb, T, record):
 
 @pytest.mark.parametrize("T", [1, 64, 512, 4096])
 @pytest.mark.parametrize("layout", ["stacked", "per expert"])
-def test_early_kernels_touch_no_memory_before_they_have_waited(T, layout, record):
+def test_early_kernels_touch_no_memory_before_they_have_waited(T, layout, record, record_block):
     """What a kernel reads may be written by the one before, what it writes may be read by that one (early.py)."""
     memory = re.compile(
         r"\b(ld\.global|st\.global|cp\.async|cp\.reduce|atom|red\.|prefetch|tensormap)"
     )
-    launches = record((9, 0), T, **QWEN3, layout=layout)
+    launches = record((9, 0), T, **QWEN3, layout=layout) + record_block((9, 0), T, **QWEN3)
     early = [launch for launch in launches if launch.meta["EARLY"]]
-    assert len(early) >= 3
+    assert len(early) >= 6
     for launch in early:
         lines = launch.compile(GPUTarget("cuda", 90, 32)).asm["ptx"].splitlines()
         (waits,) = [i for i, line in enumerate(lines) if "griddepcontrol.wait" in line]
@@ -191,6 +212,37 @@ def test_early_kernels_touch_no_memory_before_they_have_waited(T, layout, record
         assert waits < min(touched), (launch.kernel, lines[min(touched)])
         lets = [i for i, line in enumerate(lines) if "griddepcontrol.launch_dependents" in line]
         assert all(waits < i for i in lets)
+
+
+TARGETS = [
+    (GPUTarget("cuda", 80, 32), (8, 0)),
+    (GPUTarget("cuda", 90, 32), (9, 0)),
+    (GPUTarget("cuda", 100, 32), (10, 0)),
+    (GPUTarget("hip", "gfx942", 64), (0, 0)),
+]
+
+
+@pytest.mark.parametrize(
+    ("target", "capability"), TARGETS, ids=lambda v: str(getattr(v, "arch", ""))
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_router_product(target, capability, dtype, record_block):
+    for T, sizes in ((1, QWEN3), (4, QWEN3), (30, QWEN3), (1, MIXTRAL), (3, QWEN3 | {"H": 2000})):
+        launches = record_block(capability, T, **sizes, dtype=dtype, bias=T == 4)
+        first, second, third = launches[:3]
+        names = [launch.kernel.__name__ for launch in (first, second)]
+        assert names == ["_router_logits", "_route"]
+        compiled = compile_for(target, *first)
+        if target.backend == "cuda":
+            assert target.arch > 90 or not spilled_bytes(compiled)
+            assert "v4.b32" in compiled.asm["ptx"]  # 16-byte loads
+        early = capability >= (9, 0)
+        assert [launch.meta["EARLY"] for launch in (first, second, third)] == [early] * 3
+
+
+def test_a_large_router_product_is_the_librarys(record_block):
+    launches = record_block((9, 0), 4096, **QWEN3)
+    assert launches[0].kernel.__name__ == "_route"
 
 
 # E, k and groups as released.

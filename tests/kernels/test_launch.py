@@ -19,11 +19,22 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moe_inductor.kernels import align, combine, decode, down, gate_up, launch, routing
+from moe_inductor.kernels import (
+    align,
+    combine,
+    decode,
+    down,
+    gate_up,
+    launch,
+    router_logits,
+    routing,
+)
 from moe_inductor.ops import cuda
+from moe_inductor.ops.block import Block
+from moe_inductor.ops.check import Call, Routing
 
 BACKEND = make_backend(GPUTarget("cuda", 90, 32))
-MODULES = (align, combine, decode, down, gate_up, routing)
+MODULES = (align, combine, decode, down, gate_up, router_logits, routing)
 
 
 @dataclasses.dataclass
@@ -241,6 +252,66 @@ def test_routing_is_repeated(log):
             assert (kind, grid) == (expected, (T, 1, 1))
             assert addresses == [logits.data_ptr(), weights.data_ptr(), ids.data_ptr()]
     assert len(cuda._PROGRAMS) == 5
+
+
+def block(call, x=None, dtype=torch.bfloat16, bias=None, **routing):
+    """The arguments of fused_moe, whose router reads ``x``."""
+    x = call["hidden_states"] if x is None else x
+    weight = torch.randn(E, H).to(dtype)
+    facts = Routing(x, K, True, dtype, **routing)
+    return Block.of(x, weight, bias, facts, Call(**call))
+
+
+@pytest.mark.parametrize("T", [1, 5, 40])
+def test_a_block_is_repeated_in_one_program(T, log):
+    for _ in range(2):
+        cuda.fused_moe(*block(draw(T=T)))
+    assert len(cuda._PROGRAMS) == 1
+    arguments = block(draw(T=T))
+    log.clear()
+    out = cuda.fused_moe(*arguments)
+    repeated = list(log)
+    assert kinds(repeated) == {"repeated"}
+    log.clear()
+    cuda._PROGRAMS._programs.clear()
+    cuda.fused_moe(*arguments)
+    assert [entry[1:4] for entry in repeated] == [entry[1:4] for entry in log]
+    product, route, *_, last = (addresses for *_, addresses in repeated)
+    x, weight = arguments[:2]
+    assert product[:2] == [x.data_ptr(), weight.data_ptr()]
+    assert product[-1] == route[0]  # the logits, that nobody else sees
+    assert out.data_ptr() in last
+
+
+def test_a_block_whose_router_is_large_is_made_of_parts(log):
+    call = draw(T=2)
+    weight = torch.randn(E, 10**6).bfloat16()
+    x = torch.randn(2, 10**6).bfloat16()
+    facts = Routing(x, K, True, torch.bfloat16)
+    for _ in range(3):
+        cuda.fused_moe(*Block.of(x, weight, None, facts, Call(**call)))
+    assert len(cuda._PROGRAMS) == 2  # the routing, the experts
+
+
+def test_facts_of_the_routing_make_another_program(log):
+    for facts in ({}, {"scale": 2.0}, {"score": "sigmoid"}, {"bias": torch.randn(E)}) * 2:
+        cuda.fused_moe(*block(draw(), **facts))
+    assert len(cuda._PROGRAMS) == 4
+
+
+def test_one_tensor_twice_is_not_two_tensors(log):
+    """Written down with one tensor as the router's input and the experts'; then these are two of the same kind."""
+    for _ in range(2):
+        cuda.fused_moe(*block(draw()))
+    call, other = draw(), draw()["hidden_states"]
+    log.clear()
+    cuda.fused_moe(*block(call, x=other))
+    assert kinds(log) == {"jit"}
+    addresses = [a for *_, entry in log for a in entry]
+    assert {other.data_ptr(), call["hidden_states"].data_ptr()} <= set(addresses)
+    log.clear()
+    cuda.fused_moe(*block(call))
+    assert kinds(log) == {"repeated"}
 
 
 def test_a_moved_parameter_is_found(log):

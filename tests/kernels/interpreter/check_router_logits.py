@@ -1,0 +1,44 @@
+import pytest
+import torch
+
+from moe_inductor.kernels.configs import RouterPlan, router_plan
+from moe_inductor.kernels.router_logits import router_logits
+from moe_inductor.ops import cuda
+from moe_inductor.ops.block import Block
+from moe_inductor.ops.check import Call, Routing
+
+
+@pytest.mark.parametrize(
+    ("T", "E", "H"), [(1, 8, 64), (2, 3, 33), (3, 5, 100), (9, 7, 520), (17, 1, 1)]
+)
+@pytest.mark.parametrize("biased", [False, True])
+def test_against_linear(T, E, H, biased, poisoned_workspaces):
+    x = torch.randn(T, 2 * H)[:, :H]  # rows further apart than H
+    weight = torch.randn(E, H)
+    bias = torch.randn(E) if biased else None
+    wanted = torch.nn.functional.linear(
+        x.double(), weight.double(), None if bias is None else bias.double()
+    )
+    for plan in (
+        router_plan(T, E, H, x.dtype),
+        RouterPlan(1, 64),
+        RouterPlan(4, 32),
+        RouterPlan(8, 512),
+    ):
+        got = router_logits(x, weight, bias, plan)
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("T", [1, 5])
+def test_block_is_its_parts(T, poisoned_workspaces):
+    E, k, H, I = 6, 2, 48, 32
+    x, router = torch.randn(T, H), torch.randn(E, H)
+    gate_up_proj, down_proj = [torch.randn(E, 2 * I, H) / H**0.5], [torch.randn(E, H, I) / I**0.5]
+    logits = torch.nn.functional.linear(x, router)
+    routing = Routing(
+        logits, k, True, torch.float32, score="sigmoid", weight="sigmoid", bias=torch.randn(E)
+    )
+    topk_weights, topk_ids = cuda.topk_routing(*routing)
+    experts = Call(x, topk_ids, topk_weights, gate_up_proj, [], down_proj, "silu", torch.float32)
+    whole = cuda.fused_moe(*Block.of(x, router, None, routing, experts))
+    torch.testing.assert_close(whole, cuda.fused_experts(*experts), rtol=1e-5, atol=1e-5)

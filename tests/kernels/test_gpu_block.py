@@ -1,0 +1,120 @@
+"""On a CUDA device: a whole block as one op, against fp64 and against its parts."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+from torch._inductor.utils import run_and_get_code
+
+from moe_inductor.kernels.configs import RouterPlan, router_plan
+from moe_inductor.kernels.router_logits import router_logits
+from moe_inductor.ops import cuda
+from moe_inductor.ops.block import Block
+from moe_inductor.ops.check import Call, Routing
+from tests.oracle import assert_within_fp64_rule, reference_experts, reference_experts_fp64
+
+pytestmark = pytest.mark.gpu
+bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dtype", [bf16, fp16, fp32])
+@pytest.mark.parametrize(
+    ("E", "H"), [(1, 64), (8, 4096), (128, 2048), (257, 7168), (32, 2880), (5, 33)]
+)
+def test_router_logits(E, H, dtype):
+    weight = (torch.randn(E, H, device="cuda") / H**0.5).to(dtype)
+    bias = torch.randn(E, device="cuda", dtype=dtype)
+    for T in (1, 2, 3, 4, 7, 8, 17, 33):
+        x = torch.randn(T, H, device="cuda", dtype=dtype)
+        exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+        eager = torch.nn.functional.linear(x, weight, bias)
+        for plan in {
+            router_plan(T, E, H, dtype) or RouterPlan(4, 2048),
+            RouterPlan(1, 8192),
+            RouterPlan(8, 512),
+        }:
+            assert_within_fp64_rule(router_logits(x, weight, bias, plan), eager, exact)
+
+
+def block(T, E, k, H, I, dtype, per_expert=False, biased=False, **facts):
+    x = torch.randn(T, H, device="cuda", dtype=dtype)
+    router = (torch.randn(E, H, device="cuda") / H**0.5).to(dtype)
+    router_bias = torch.randn(E, device="cuda", dtype=dtype) if biased else None
+    gate_up = (torch.randn(E, 2 * I, H, device="cuda") / H**0.5).to(dtype)
+    down = (torch.randn(E, H, I, device="cuda") / I**0.5).to(dtype)
+    routing = Routing(x, k, True, dtype, **facts)
+    weights = (list(gate_up.unbind()), list(down.unbind())) if per_expert else ([gate_up], [down])
+    experts = Call(x, x, x, weights[0], [], weights[1], "silu", dtype)
+    return x, router, router_bias, gate_up, down, routing, experts
+
+
+@pytest.mark.parametrize("dtype", [bf16, fp16, fp32])
+@pytest.mark.parametrize("per_expert", [False, True])
+@pytest.mark.parametrize("T", [1, 2, 5, 30, 300, 3000])
+def test_block(T, per_expert, dtype):
+    for facts in (
+        {},
+        {"score": "sigmoid", "weight": "sigmoid", "bias": torch.rand(16, device="cuda")},
+        {"bias": None},
+    ):
+        x, router, router_bias, gate_up, down, routing, experts = block(
+            T, 16, 3, 256, 128, dtype, per_expert, "bias" in facts, **facts
+        )
+        arguments = Block.of(x, router, router_bias, routing, experts)
+        plan = router_plan(T, *router.shape, dtype)
+        logits = (
+            router_logits(x, router, router_bias, plan)
+            if plan
+            else torch.nn.functional.linear(x, router, router_bias)
+        )
+        topk_weights, topk_ids = cuda.topk_routing(logits, *routing[1:])
+        exact = reference_experts_fp64(x, topk_ids, topk_weights, gate_up, [], down)
+        eager = reference_experts(x, topk_ids, topk_weights, gate_up, [], down)
+        first = cuda.fused_moe(*arguments)
+        assert_within_fp64_rule(first, eager, exact)
+        for _ in range(3):  # written down, and repeated
+            assert torch.equal(cuda.fused_moe(*arguments), first)
+
+
+class Model(torch.nn.Module):
+    def __init__(self, E=16, k=2, H=256, I=128):
+        super().__init__()
+        self.k, self.gate = k, torch.nn.Linear(H, E, bias=False)
+        self.gate_up = torch.nn.Parameter(torch.randn(E, 2 * I, H) / H**0.5)
+        self.down = torch.nn.Parameter(torch.randn(E, H, I) / I**0.5)
+
+    def forward(self, x):
+        weights, ids = self.gate(x).softmax(-1).topk(self.k, dim=-1)
+        out = torch.zeros_like(x)
+        for e in range(self.gate_up.shape[0]):
+            token, slot = torch.where(ids == e)
+            gate, up = torch.nn.functional.linear(x[token], self.gate_up[e]).chunk(2, -1)
+            y = torch.nn.functional.linear(torch.nn.functional.silu(gate) * up, self.down[e])
+            out.index_add_(0, token, y * weights[token, slot, None])
+        return out
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_through_torch_compile(mode):
+    torch._dynamo.reset()
+    model = Model().cuda()
+    compiled = torch.compile(model, backend="moe_inductor", mode=mode)
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+        for T in (1, 4, 64):
+            x = torch.randn(T, 256, device="cuda")
+            out, codes = run_and_get_code(compiled, x)
+            for _ in range(4):
+                out = compiled(x)
+            if codes:
+                assert any("moe_inductor.ops.cuda.fused_moe(" in code for code in codes)
+            exact = Model.forward(model.double(), x.double())
+            eager = model.float()(x)
+            assert_within_fp64_rule(out, eager, exact)

@@ -1,0 +1,179 @@
+"""The router's product, the routing and the experts as one op, in Inductor's graphs: the CPU stands for the GPU."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._inductor.utils import run_and_get_code
+
+from moe_inductor import _compat
+from moe_inductor.ops import cpu
+from moe_inductor.rewrite import whole_block
+from tests.oracle import assert_within_fp64_rule
+
+
+class Loop(nn.Module):
+    """A block with everything that the joined op has to pass on, as ``options`` say."""
+
+    def __init__(self, E=5, k=2, H=24, I=16, bias=False, sigmoid=False, shared=False):
+        super().__init__()
+        self.k, self.sigmoid = k, sigmoid
+        self.gate = nn.Linear(H, E, bias=bias)
+        self.correction = nn.Parameter(torch.randn(E)) if sigmoid else None
+        self.gate_up = nn.Parameter(torch.randn(E, 2 * I, H) / H**0.5)
+        self.down = nn.Parameter(torch.randn(E, H, I) / I**0.5)
+        self.shared = nn.Linear(H, H) if shared else None
+        self.returned = ""
+
+    def forward(self, x):
+        rows = x.flatten(0, -2)
+        logits = self.gate(rows)
+        if self.sigmoid:
+            scores = logits.sigmoid()
+            ids = (scores + self.correction).topk(self.k, dim=-1).indices
+            weights = scores.gather(1, ids)
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * 2.5
+        else:
+            weights, ids = logits.softmax(-1).topk(self.k, dim=-1)
+        out = torch.zeros_like(rows)
+        for e in range(self.gate_up.shape[0]):
+            token, slot = torch.where(ids == e)
+            gate, up = F.linear(rows[token], self.gate_up[e]).chunk(2, -1)
+            y = F.linear(F.silu(gate) * up, self.down[e]) * weights[token, slot, None]
+            out.index_add_(0, token, y)
+        if self.shared is not None:
+            out = out + self.shared(rows)
+        out = out.view(x.shape)
+        return (
+            (out, {"logits": logits, "weights": weights, "ids": ids}[self.returned])
+            if self.returned
+            else out
+        )
+
+
+class Product(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(24, 5))
+
+    def forward(self, rows):
+        return rows @ self.weight
+
+
+@pytest.fixture(autouse=True)
+def cpu_as_gpu(monkeypatch):
+    monkeypatch.setattr(whole_block, "DEVICES", {"cpu"})
+    _compat.decompose(whole_block.ROUTING, cpu.topk_routing, "cuda")
+    yield
+    _compat.decompose(whole_block.ROUTING, cpu.topk_routing, "cpu")
+    torch._dynamo.reset()
+
+
+def run(model, *inputs, **options):
+    """The compiled model's result, and the ops that Inductor's code calls."""
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="moe_inductor", options=options)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        result, codes = run_and_get_code(compiled, *inputs)
+    names = ("fused_moe", "fused_experts", "topk_routing")
+    calls = re.findall(
+        r"= (?:torch\.ops\.moe_inductor|moe_inductor\.ops\.cpu)\.(\w+)", "\n".join(codes)
+    )
+    found = [name for name in names if name in calls]
+    return result, found
+
+
+def check(model, x):
+    model = model.to(x.dtype)
+    with torch.no_grad():
+        result, found = run(model, x)
+        exact = model.double()(x.double())
+        eager = model.to(x.dtype)(x)
+    assert_within_fp64_rule(result, eager, exact)
+    return found
+
+
+VARIANTS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "sigmoid": {"sigmoid": True},
+    "shared expert": {"shared": True},
+    "top 1": {"k": 1},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("shape", [(1, 24), (2, 3, 24)])
+def test_joined(variant, shape):
+    torch.manual_seed(0)
+    assert check(Loop(**VARIANTS[variant]), torch.randn(shape)) == ["fused_moe"]
+
+
+def test_joined_under_a_dynamic_number_of_tokens():
+    torch._dynamo.reset()
+    model = Loop()
+    compiled = torch.compile(model, backend="moe_inductor", dynamic=True)
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+        _, codes = run_and_get_code(compiled, torch.randn(3, 24))
+        assert "= torch.ops.moe_inductor.fused_moe" in "".join(codes)
+        for T in (3, 7, 12):
+            x = torch.randn(T, 24)
+            torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("returned", ["logits", "weights", "ids"])
+def test_what_is_also_returned_is_not_joined(returned):
+    torch.manual_seed(0)
+    model = Loop()
+    model.returned = returned
+    x = torch.randn(4, 24)
+    with torch.no_grad():
+        (out, more), found = run(model, x)
+        wanted, wanted_more = model(x)
+    assert found == ["fused_experts", "topk_routing"]
+    torch.testing.assert_close(out, wanted)
+    torch.testing.assert_close(more, wanted_more)
+
+
+def test_training_is_not_joined():
+    torch.manual_seed(0)
+    model, x = Loop(), torch.randn(4, 24, requires_grad=True)
+    out, found = run(model, x)
+    assert found == ["fused_experts", "topk_routing"]
+    out.sum().backward()
+    grad, x.grad = x.grad, None
+    model(x).sum().backward()
+    torch.testing.assert_close(grad, x.grad)
+
+
+def test_batch_invariant_is_not_joined():
+    with torch.no_grad():
+        _, found = run(Loop(), torch.randn(4, 24), **{"moe_inductor.batch_invariant": True})
+    assert found == ["fused_experts", "topk_routing"]
+
+
+def test_a_weight_stored_the_other_way_is_not_joined():
+    model = Loop()
+    model.gate = Product()
+    with torch.no_grad():
+        _, found = run(model, torch.randn(4, 24))
+    assert found == ["fused_experts", "topk_routing"]
+
+
+def test_nothing_is_joined_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(whole_block, "DEVICES", {"cuda"})
+    assert check(Loop(), torch.randn(4, 24)) == ["fused_experts", "topk_routing"]
+
+
+def test_a_write_in_between_is_seen():
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    first = graph.call_function(torch.ops.aten.mm.default, (x, x))
+    plain = graph.call_function(torch.ops.aten.relu.default, (x,))
+    last = graph.call_function(torch.ops.aten.relu.default, (first,))
+    assert not whole_block._written_between(first, last)
+    with graph.inserting_after(plain):
+        graph.call_function(torch.ops.aten.copy_.default, (x, x))
+    assert whole_block._written_between(first, last)
