@@ -2,7 +2,8 @@
 
 ``torch.compile(model, backend="moe_inductor", mode="reduce-overhead")`` of transformers' own Qwen3-MoE and Mixtral
 blocks, one and a model of eight, against ``topk_routing`` + ``fused_experts`` on the same tokens, against those behind
-the router's GEMM, and against the op that is all of these; each a CUDA graph that is replayed again and again.
+the router's GEMM, and against the op that is all of these; each a CUDA graph that is replayed again and again.  And
+``mode="default"``, without graphs, where the host takes the time while there are few tokens.
 Before each replay torch copies the model's input into the graph's memory: once a model, not once a block.  Times are
 per block.  Results go to ``benchmarks/results/graphs.json`` or ``--out``.
 """
@@ -102,10 +103,15 @@ def measure(name: str, T: int, blocks: list[nn.Module]) -> dict[str, Any]:
     row["us_block_op"] = replays_us(graph_of(lambda: [whole(b) for b in blocks]).replay) / len(
         blocks
     )
-    for column, some in (("us_block", blocks[:1]), ("us_block_of_model", blocks)):
+    for column, backend, mode, some in (
+        ("us_block", "moe_inductor", "reduce-overhead", blocks[:1]),
+        ("us_block_of_model", "moe_inductor", "reduce-overhead", blocks),
+        ("us_default", "moe_inductor", "default", blocks[:1]),
+        ("us_default_of_model", "moe_inductor", "default", blocks),
+        ("us_default_inductor", "inductor", "default", blocks[:1]),
+    ):
         torch._dynamo.reset()
-        model = Model(some)
-        compiled = torch.compile(model, backend="moe_inductor", mode="reduce-overhead")
+        compiled = torch.compile(Model(some), backend=backend, mode=mode)
         row[column] = replays_us(lambda run=compiled: run(x)) / len(some)
     row["allowed_us"] = 1.02 * row["us_ops"] + 3
     return row

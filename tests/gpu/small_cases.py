@@ -9,7 +9,11 @@ import sys
 
 import torch
 
+from moe_inductor.kernels.configs import router_plan
+from moe_inductor.kernels.router_logits import router_logits
 from moe_inductor.ops import cuda
+from moe_inductor.ops.block import Block
+from moe_inductor.ops.check import Call, Routing
 from tests.oracle import assert_within_fp64_rule as check
 from tests.oracle import reference_experts, reference_experts_fp64, storages, unit_scale_inputs
 
@@ -30,6 +34,15 @@ def run(tokens: int, hidden: int, intermediate: int, storage: str) -> None:
     stacked = (data.gate_up_proj, [], data.down_proj)
     eager = reference_experts(x, topk_ids, topk_weights, *stacked)
     check(out, eager, reference_experts_fp64(x, topk_ids, topk_weights, *stacked))
+
+    router = torch.randn(E, hidden, device="cuda", dtype=torch.bfloat16)
+    plan = router_plan(tokens, E, hidden, router.dtype)
+    assert plan is not None
+    routing = Routing(router_logits(x, router, None, plan), K, True, torch.bfloat16)
+    topk_weights, topk_ids = cuda.topk_routing(*routing)
+    experts = Call(x, topk_ids, topk_weights, *weights, "silu", torch.bfloat16)
+    whole = cuda.fused_moe(*Block.of(x, router, None, routing, experts))
+    assert torch.equal(whole, cuda.fused_experts(*experts))
 
 
 def main() -> None:
