@@ -45,7 +45,8 @@ def check(T, E, k, H, I, dtype=bf16, layout="stacked"):
     assert_accurate(call(x, topk_ids, topk_weights, weights), x, topk_ids, topk_weights, weights)
 
 
-SMALL, LARGE = (512, 512), (1024, 4096)  # H, I; tiles differ for small and large experts
+# H, I: tiles differ for small, deep and large experts.
+SMALL, DEEP, LARGE = (512, 512), (1024, 4096), (2560, 4096)
 
 
 def shipped_plans(dtype, layout, size):
@@ -72,7 +73,7 @@ def shipped_plans(dtype, layout, size):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [bf16, fp16, fp32])
-@pytest.mark.parametrize("size", [SMALL, LARGE])
+@pytest.mark.parametrize("size", [SMALL, DEEP, LARGE])
 def test_shipped_plans(dtype, layout, size):
     for T in shipped_plans(dtype, layout, size):
         check(T, 8, 2, *size, dtype, layout)
