@@ -1,5 +1,6 @@
 """The router's product, the routing and the experts as one op, in Inductor's graphs: the CPU stands for the GPU."""
 
+import operator
 import re
 
 import pytest
@@ -123,6 +124,37 @@ def test_joined_under_a_dynamic_number_of_tokens():
             torch.testing.assert_close(compiled(x), model(x))
 
 
+class Transposed(Loop):
+    """Weights stored [E, in, out]."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_up = nn.Parameter(self.gate_up.mT.contiguous())
+        self.down = nn.Parameter(self.down.mT.contiguous())
+
+    def forward(self, x):
+        weights, ids = self.gate(x).softmax(-1).topk(self.k, dim=-1)
+        out = torch.zeros_like(x)
+        for e in range(self.gate_up.shape[0]):
+            token, slot = torch.where(ids == e)
+            gate, up = (x[token] @ self.gate_up[e]).chunk(2, -1)
+            y = (F.silu(gate) * up) @ self.down[e] * weights[token, slot, None]
+            out.index_add_(0, token, y)
+        return out
+
+
+def test_no_weight_is_copied():
+    torch.manual_seed(0)
+    model, x = Transposed(), torch.randn(4, 24)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="moe_inductor")
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+        out, (code, *_) = run_and_get_code(compiled, x)
+        torch.testing.assert_close(out, model(x))
+    assert "fused_moe" in code
+    assert "async_compile.cpp_pybinding(" not in code  # not one kernel beside the op
+
+
 @pytest.mark.parametrize("returned", ["logits", "weights", "ids"])
 def test_what_is_also_returned_is_not_joined(returned):
     torch.manual_seed(0)
@@ -167,13 +199,55 @@ def test_nothing_is_joined_on_a_cpu(monkeypatch):
     assert check(Loop(), torch.randn(4, 24)) == ["fused_experts", "topk_routing"]
 
 
-def test_a_write_in_between_is_seen():
+CHANGES = {
+    "nothing": True,
+    "a view of the weight that is no transpose": False,
+    "ids and weights swapped": False,
+    "ids of another routing": False,
+    "a write in between": False,
+    "a write before": True,
+    "a factor on the product": False,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_joined_is_what_means_the_same(change):
+    """On a graph as Inductor's, written by hand: torch makes none of these of a model that would be fused."""
     graph = torch.fx.Graph()
-    x = graph.placeholder("x")
-    first = graph.call_function(torch.ops.aten.mm.default, (x, x))
-    plain = graph.call_function(torch.ops.aten.relu.default, (x,))
-    last = graph.call_function(torch.ops.aten.relu.default, (first,))
-    assert not whole_block._written_between(first, last)
-    with graph.inserting_after(plain):
-        graph.call_function(torch.ops.aten.copy_.default, (x, x))
-    assert whole_block._written_between(first, last)
+
+    def placeholder(name, *shape):
+        node = graph.placeholder(name)
+        node.meta["val"] = torch.empty(shape)
+        return node
+
+    def call(target, *args, **kwargs):
+        return graph.call_function(target, args, kwargs)
+
+    x, weight = placeholder("x", 3, 4), placeholder("weight", 4, 4)
+    gate_up, down = placeholder("gate_up", 4, 6, 4), placeholder("down", 4, 4, 3)
+    aten = torch.ops.aten
+    if change == "a write before":
+        call(aten.copy_.default, x, x)
+    dims = [0, 1] if change == "a view of the weight that is no transpose" else [1, 0]
+    transposed = call(aten.permute.default, weight, dims)
+    if change == "a factor on the product":
+        bias = placeholder("bias", 4)
+        logits = call(aten.addmm.default, bias, x, transposed, beta=2)
+    else:
+        logits = call(aten.mm.default, x, transposed)
+    if change == "a write in between":
+        call(aten.copy_.default, weight, weight)
+    routed = call(whole_block.ROUTING, logits, 2, True, torch.float32)
+    parts = [call(operator.getitem, routed, i) for i in range(2)]
+    if change == "ids of another routing":
+        other = call(whole_block.ROUTING, x, 2, True, torch.float32)
+        parts[0] = call(operator.getitem, other, 0)
+    if change == "ids and weights swapped":
+        parts.reverse()
+    weights, ids = parts
+    out = call(whole_block.EXPERTS, x, ids, weights, [gate_up], [], [down], "silu", torch.float32)
+    out.meta["val"] = torch.empty(3, 4)
+    graph.output(out)
+    whole_block.join(out)
+    joined = any(node.target is whole_block.BLOCK for node in graph.nodes)
+    assert joined is CHANGES[change]

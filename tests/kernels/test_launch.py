@@ -299,6 +299,13 @@ def test_facts_of_the_routing_make_another_program(log):
     assert len(cuda._PROGRAMS) == 4
 
 
+def test_facts_of_the_experts_make_another_program(log):
+    options = ({}, {"batch_invariant": True}, {"weight_on_input": True}, {"interleaved": True})
+    for facts in (*options, {"activation": "gelu"}, {"out_dtype": torch.float32}) * 2:
+        cuda.fused_moe(*block(draw() | facts))
+    assert len(cuda._PROGRAMS) == 6
+
+
 def test_one_tensor_twice_is_not_two_tensors(log):
     """Written down with one tensor as the router's input and the experts'; then these are two of the same kind."""
     for _ in range(2):
