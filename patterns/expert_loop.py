@@ -16,6 +16,7 @@ from moe_inductor.patterns import (
     _identities,
     _limited_rows,
     _mask_loops,
+    _own_scores,
 )
 from moe_inductor.patterns._blocks import HIDDEN, INTERMEDIATE, NUM_EXPERTS
 from torch import nn
@@ -673,6 +674,7 @@ EXPERT_LOOP = ExpertsSpelling(
         *_buffers.SAMPLES,
         *_limited_rows.SAMPLES,
         *_compared_ids.SAMPLES,
+        *_own_scores.SAMPLES,
         *_identities.SAMPLES,
         *(Sample(name=name, build=block, brief=True) for name, block in _blocks.variants(Loop)),
     ),
@@ -682,6 +684,7 @@ EXPERT_LOOP = ExpertsSpelling(
         *_buffers.NEAR_MISSES,
         *_limited_rows.NEAR_MISSES,
         *_compared_ids.NEAR_MISSES,
+        *_own_scores.NEAR_MISSES,
         *_identities.NEAR_MISSES,
         NearMiss(name="computes_in_double", build=ComputesInDouble, code="DTYPE"),
         NearMiss(name="one_expert_gelu", build=OneGelu, code="ACTIVATION"),
@@ -709,7 +712,7 @@ EXPERT_LOOP = ExpertsSpelling(
         NearMiss(name="adds_a_constant", build=AddsBias, code="ACCUMULATOR"),
         NearMiss(name="index_add_alpha", build=AddsTwice, code="SPELLING"),
         NearMiss(name="no_grad_inside", build=NoGradExpert, code="GRAD_STATE"),
-        NearMiss(name="no_grad_scores", build=NoGradScores, code="GRAD_STATE"),
+        NearMiss(name="no_grad_scores", build=NoGradScores, code="ROUTER"),
         NearMiss(name="no_grad_last_expert", build=NoGradLastExpert, code="GRAD_STATE"),
         NearMiss(name="detached", build=Detached, code="SPELLING"),
         NearMiss(name="input_changed_in_loop", build=ChangesInput, code="MUTATION"),

@@ -6,12 +6,14 @@ Read after every spelling has failed, so that a refusal says what the model does
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import fx
 
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.canonical import Canonical
+from moe_inductor.region.distinct import are_distinct
 from moe_inductor.region.find import Region, products_of
 from moe_inductor.region.nodes import (
     is_floating,
@@ -23,6 +25,7 @@ from moe_inductor.region.nodes import (
     value,
 )
 from moe_inductor.region.row_ops import PAIR_LINEAR
+from moe_inductor.region.rows import hits
 from moe_inductor.region.scaled import follows_a_projection, is_column
 from moe_inductor.region.thresholds import beyond_threshold, kept_by_threshold
 
@@ -54,6 +57,9 @@ _SUMS = frozenset(
     }
 )
 _PARTS = (aten.select_scatter.default, aten.select.int)
+_NOT_DISTINCT = (
+    "that a token has an expert at most once is not known: its ids are not what one top-k gives"
+)
 # How many operators a norm and what follows it have at most.
 _AFTER = 24
 
@@ -69,6 +75,9 @@ def diagnose(canonical: Canonical) -> Refusal | None:
         or _buffer(canonical.graph)
         or _bias_not_scaled(canonical.graph)
         or _slots(canonical)
+        or _other_mask(canonical.graph)
+        or _other_column(canonical.graph)
+        or _repeated(canonical.graph)
     )
 
 
@@ -175,4 +184,63 @@ def _bias_not_scaled(graph: fx.Graph) -> Refusal | None:
         if is_bias and follows_a_projection(rows):
             words = "the routing weight scales what an expert computes, but not the bias of its last projection"
             return Refusal(Code.SPELLING, words, location(node) or location(rows))
+    return None
+
+
+def _other_mask(graph: fx.Graph) -> Refusal | None:
+    """The weights of an expert's rows, found in these by a comparison that need not find one in each."""
+    for node in graph.nodes:
+        mask = node.args[0] if node.target is aten.nonzero.default else None
+        if mask is None or mask.target is not aten.eq.Scalar:
+            continue
+        rows = node_arg(mask, 0)
+        indices: Any = rows.args[1] if rows.target is aten.index.Tensor else []
+        of_expert = hits(indices[0]) if len(indices) == 1 and indices[0] is not None else None
+        if of_expert is None:
+            continue
+        (ids, e), where = of_expert, location(node) or location(mask)
+        if e != mask.args[1]:
+            words = f"expert {e} takes its weights where its tokens have the id {mask.args[1]}"
+            return Refusal(Code.SPELLING, words, where)
+        if rows.args[0] is not ids:
+            words = f"expert {e} takes its weights by other ids than its tokens"
+            return Refusal(Code.SPELLING, words, where)
+        if not are_distinct(ids):
+            return Refusal(Code.SPELLING, _NOT_DISTINCT, where)
+    return None
+
+
+def _other_column(graph: fx.Graph) -> Refusal | None:
+    """An expert's rows are weighed by a column of the scores of all experts (``region/rows.py``)."""
+    for node in graph.nodes:
+        base = node_arg(node, 0) if node.target is aten.index.Tensor else node
+        indices: Any = node.args[1] if base is not node else []
+        if base.target is not aten.select.int or base.args[1] != 1 or len(indices) != 1:
+            continue
+        of_expert = hits(indices[0])
+        if of_expert is not None and is_floating(base) and node.users:
+            words = weighed_by_column(of_expert[1], base.args[2])
+            return Refusal(Code.SPELLING, words, location(node) or location(base))
+    return None
+
+
+def weighed_by_column(e: Any, column: Any) -> str:
+    """What is wrong with ``p [T, E][token, column]`` for the tokens of expert ``e``."""
+    if column != e:
+        return f"expert {e} is weighed by the score of expert {column}"
+    return (
+        "experts are weighed by the scores of all experts: "
+        "that ids are those of a top-k among as many is not known"
+    )
+
+
+def _repeated(graph: fx.Graph) -> Refusal | None:
+    """An expert's tokens are those that have its id anywhere, and may have it twice."""
+    for node in graph.nodes:
+        compared = node_arg(node, 0) if node.target is aten.any.dim else node
+        if node is compared or compared.target is not aten.eq.Scalar:
+            continue
+        ids = node_arg(compared, 0)
+        if value(ids).dim() == 2 and node.args[1] == 1 and not are_distinct(ids):
+            return Refusal(Code.SPELLING, _NOT_DISTINCT, location(node) or location(compared))
     return None

@@ -17,6 +17,7 @@ from torch import fx
 from moe_inductor._compat import Match, bound_nodes
 from moe_inductor.match.activation import Gated
 from moe_inductor.match.bind import Weight
+from moe_inductor.match.diagnose import weighed_by_column
 from moe_inductor.reasons import Code, Refusal
 from moe_inductor.region.canonical import Folded
 from moe_inductor.region.nodes import location, node_arg, unviewed, value
@@ -76,10 +77,10 @@ def group_iterations(
     """
     chain = _chain(iterations, keeps_tokens)
     first = chain[0]
+    traced = _expert_ids(chain)
     for it in chain:
         if it.bound != first.bound:
-            raise Refusal(Code.INPUTS_DIFFER, "", location(it.output))
-    traced = _expert_ids(chain)
+            raise Refusal(Code.INPUTS_DIFFER, _difference(chain, traced), location(it.output))
     last = location(chain[-1].output)
     is_rolled = isinstance(traced[0], fx.Node)
     if folded is not None and not is_rolled:
@@ -155,6 +156,28 @@ def _chain(iterations: list[Iteration], keeps_tokens: bool) -> list[Iteration]:
     if len(chain) != len(iterations):
         raise Refusal(Code.ACCUMULATOR, "", location(chain[-1].output))
     return chain
+
+
+def _difference(chain: list[Iteration], traced: tuple[Any, ...]) -> str:
+    """Which of their inputs differ, in the words of the model; "" where that is what the code says."""
+    names = {n for it in chain for n in it.bound if it.bound[n] is not chain[0].bound.get(n)}
+    if "x" in names:
+        return ""
+    if "topk_ids" in names:
+        return "experts find their tokens by different ids"
+    columns = [_column(it.bound["topk_weights"]) for it in chain]
+    if None in columns:
+        return "experts take their routing weights from different tensors"
+    for e, column in zip(traced, columns, strict=True):
+        if column != e:
+            return weighed_by_column(e, column)
+    return weighed_by_column(traced[0], traced[0])
+
+
+def _column(weights: fx.Node) -> Any:
+    """e of ``p [T, E][:, e]``."""
+    column = unviewed(weights)
+    return column.args[2] if column.target is aten.select.int and column.args[1] == 1 else None
 
 
 def _expert_ids(chain: list[Iteration]) -> tuple[Any, ...]:

@@ -128,11 +128,16 @@ def _slot(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     hit = _hit(args[0])
     if hit is None or hit.rows is None or kwargs or len(args) < 2 or args[1] not in (1, -1):
         return None
-    of_expert = hits(hit.rows)
-    if of_expert != (hit.ids, hit.expert) or not are_distinct(hit.ids):
+    if not _is_once_in_each(hit):
         return None
     slot = _slot_of(out, hit.rows)
     return out.view(slot, value(node), origin_of(node))
+
+
+def _is_once_in_each(hit: _Hit) -> bool:
+    """Are the rows those of the expert's tokens, in each of which it stands once?"""
+    of_expert = hits(hit.rows) if hit.rows is not None else None
+    return of_expert == (hit.ids, hit.expert) and are_distinct(hit.ids)
 
 
 def _slot_of(out: Emitter, token: fx.Node) -> fx.Node:
@@ -160,18 +165,65 @@ def _gathered(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 
 @rule(aten.index.Tensor, first=True)
 def _of_pairs(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-    """index(w, [ids == e]) = index(w, [token, slot]) for w [T, k]"""
+    """index(w, [ids == e]) = index(w, [token, slot]) for w [T, k]
+    index(index(w, [token]), [index(ids, [token]) == e]) = index(w, [token, slot]), which has one place in each row"""
     base, indices = args[0], list(args[1])
     mask = indices[0]
     if len(indices) != 1 or not isinstance(mask, fx.Node) or value(mask).dtype != torch.bool:
         return None
     hit = _hit(mask)
-    if hit is None or hit.rows is not None or value(mask).dim() != 2:
+    if hit is None or value(mask).dim() != 2:
         return None
+    made = value(node)
+    if hit.rows is not None:
+        scores, token = _of_rows(base) if base.target is aten.index.Tensor else (base, None)
+        if token is None or token is not hit.rows or not _is_once_in_each(hit):
+            return None
+        if not same_sizes(value(scores).shape, value(hit.ids).shape):
+            return None
+        out.note_equal(made.shape[0], value(token).shape[0])
+        slot = _slot_of(out, token)
+        return index_of(out, scores, [token, slot], made, origin_of(node))
     if not same_sizes(value(base).shape, value(mask).shape):
         return None  # rows of tokens in a batch of one
-    made = value(node)
     pairs = made.new_empty((made.shape[0], 2), dtype=torch.int64)
     listed = out.emit(aten.nonzero.default, (mask,), {}, pairs, origin_of(node))
     token, slot = (row_of(out, listed, 1, i, pairs[:, i], origin_of(node)) for i in (0, 1))
     return index_of(out, base, [token, slot], made, origin_of(node))
+
+
+@rule(aten.index.Tensor, first=True)
+def _of_one_choice(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """index(view(y, [n, 1]), [view(index(ids [T], [token]), [n, 1]) == e]) = y for token = nonzero(ids == e)"""
+    base, (mask, *more) = args
+    if more or base.target is not aten.view.default or not isinstance(mask, fx.Node):
+        return None
+    compared = node_arg(mask, 0) if mask.target is aten.eq.Scalar else mask
+    if mask is compared or compared.target is not aten.view.default:
+        return None
+    rows, y = node_arg(compared, 0), node_arg(base, 0)
+    ids, token = _of_rows(rows) if rows.target is aten.index.Tensor else (rows, None)
+    if token is None or value(ids).dim() != 1:
+        return None
+    column = value(ids).unsqueeze(1)
+    if hits(token) != (out.view(ids, column, origin_of(node)), mask.args[1]):
+        return None
+    shape = [value(token).shape[0], 1]
+    if value(y).dim() != 1 or not all(out.same_sizes(value(n).shape, shape) for n in (base, mask)):
+        return None
+    out.note_equal(value(node).shape[0], value(y).shape[0])
+    return y
+
+
+@rule(aten.select.int, first=True)
+def _of_token_rows(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """select(index(p [T, E], [token]), 1, e) = index(select(p, 1, e), [token]) where e has the tokens"""
+    source, dim, e = args
+    if source.target is not aten.index.Tensor or value(source).dim() != 2 or dim not in (1, -1):
+        return None
+    scores, token = _of_rows(source)
+    of_expert = hits(token) if token is not None else None
+    if of_expert is None or of_expert[1] != e:
+        return None
+    column = row_of(out, scores, 1, e, value(scores)[:, 0], origin_of(node))
+    return index_of(out, column, [token], value(node), origin_of(node))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from moe_inductor.region.at_ids import scores_at
 from moe_inductor.region.distinct import are_distinct, kept_of
 from moe_inductor.region.nodes import is_one, node_arg, same_sizes, uncast, value
 from moe_inductor.region.normalise import Emitter, arithmetic, row_of, rule
@@ -52,6 +53,7 @@ def index_of(
     index(x [.., 1], [i..]) = view(index(view(x, [..]), [i..]), [.., 1])
     index(x [n, 1], [i, j]) = index(view(x, [n]), [i])
     index(scatter(zeros [T, E], 1, ids, w)[:, e], [token]) = index(w, [token, slot])
+    index(p [T, E][:, e], [token]) = index(gather(p, 1, ids), [token, slot]) for ids that were chosen from E
         where (token, slot) = nonzero(ids == e), also where some ids of the right hand side have been replaced by -1"""
     score = _own_score(out, base, indices)
     if score is not None:
@@ -74,24 +76,37 @@ def index_of(
 def _own_score(
     out: Emitter, base: fx.Node, indices: list[Any]
 ) -> tuple[fx.Node, list[fx.Node]] | None:
-    """What is read, and where, in the left hand side of the last equation of ``index_of``."""
+    """What is read, and where, in the left hand side of the last two equations of ``index_of``."""
     if len(indices) != 1 or base.target is not aten.select.int or base.args[1] != 1:
         return None
     of_expert = hits(indices[0])
     matrix = node_arg(base, 0)
-    if of_expert is None or base.args[2] != of_expert[1] or matrix.target is not aten.scatter.src:
+    if of_expert is None or base.args[2] != of_expert[1]:
         return None
-    ids, scores = node_arg(matrix, 2), node_arg(matrix, 3)
-    if matrix.args[1] != 1 or kept_of(of_expert[0]) is not kept_of(ids):
-        return None
-    fits = same_sizes(value(scores).shape, value(ids).shape)
-    if not fits or not are_distinct(ids, value(matrix).shape[1]):
-        return None
+    if isinstance(of_expert[1], int) and of_expert[1] < 0:
+        return None  # an id that has been dropped, and the last column
     token = indices[0]
+    ids = kept_of(of_expert[0])
+    scores = _scattered_at(matrix, ids)
+    if scores is None:
+        scores = scores_at(out, matrix, ids, token.meta.get("stack_trace"))
+    if scores is None:
+        return None
     pairs = node_arg(token, 0)
     listed = value(token)
     slot = row_of(out, pairs, 1, 1 - token.args[2], listed, token.meta.get("stack_trace"))
     return scores, [token, slot]
+
+
+def _scattered_at(matrix: fx.Node, ids: fx.Node) -> fx.Node | None:
+    """``w`` of ``scatter(zeros [T, E], 1, ids, w)``."""
+    if matrix.target is not aten.scatter.src or matrix.args[1] != 1:
+        return None
+    placed, scores = node_arg(matrix, 2), node_arg(matrix, 3)
+    if ids is not kept_of(placed):
+        return None
+    fits = same_sizes(value(scores).shape, value(placed).shape)
+    return scores if fits and are_distinct(placed, value(matrix).shape[1]) else None
 
 
 @rule(aten.index_put.default)

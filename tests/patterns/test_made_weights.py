@@ -1,4 +1,5 @@
-"""Routers whose weights for the chosen experts the model never computes: it has those of all experts, mostly zeros.
+"""Routers whose weights for the chosen experts the model never computes: it has those of all experts, mostly zeros, or
+reads each expert's column of them.
 
 The rewrite of the experts makes them, and the router, with what was made, is then fused like any other.
 """
@@ -12,6 +13,12 @@ BLOCKS = [
     ("dense_experts", "llama4", "sigmoid"),
     ("dense_experts", "nanomoe", "softmax_of_chosen"),
     ("expert_loop", "make_moe", "softmax_of_chosen"),
+    ("expert_loop", "own_score", "softmax"),
+    ("expert_loop", "own_renormalised", "softmax"),
+    ("expert_loop", "own_renormalised_in_float", "softmax"),
+    ("expert_loop", "own_sigmoid", "sigmoid"),
+    ("expert_loop", "own_of_batch", "softmax"),
+    ("expert_loop", "weight_by_mask", "softmax"),
 ]
 
 

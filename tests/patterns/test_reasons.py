@@ -8,6 +8,7 @@ from moe_inductor.patterns import (
     _blocks,
     _grouped_mm,
     _mask_loops,
+    _own_scores,
     capacity_slots,
     dense_experts,
     expert_loop,
@@ -463,3 +464,25 @@ def test_a_loop_that_was_not_captured_is_told_once_with_its_statement(
     (line,) = [r.getMessage() for r in caplog.records if " MoE block" in r.getMessage()]
     assert "only the router was captured: " in line
     assert all(word in line for word in (*words, " at test_reasons.py:"))
+
+
+@pytest.mark.parametrize(
+    ("block", "words"),
+    [
+        (_own_scores.BeforeOwn, "expert 0 is weighed by the score of expert 3"),
+        (_own_scores.OwnReversed, "expert 0 is weighed by the score of expert 3"),
+        (_own_scores.OwnOfMore, "that ids are those of a top-k among as many is not known"),
+        (_own_scores.OwnOfNextIds, "that ids are those of a top-k among as many is not known"),
+        (_own_scores.OwnOfTokensOnce, "that a token has an expert at most once is not known"),
+        (_own_scores.MaskOfNext, "expert 0 takes its weights where its tokens have the id 1"),
+        (_own_scores.MaskOfOtherIds, "expert 0 takes its weights by other ids than its tokens"),
+        (_own_scores.MaskOfNextIds, "that a token has an expert at most once is not known"),
+        (_mask_loops.OtherScattered, "that ids are those of a top-k among as many is not known"),
+    ],
+)
+def test_a_weight_that_is_not_read_as_the_expert_s_own_is_named(block, words, rewritten):
+    compiled = rewritten(block())
+    compiled(torch.randn(T, HIDDEN))
+    (found, *_) = compiled.blocks
+    assert not found.fused
+    assert words in found.reason.message, found.reason
