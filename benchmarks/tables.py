@@ -259,13 +259,14 @@ def render_graphs(run: dict[str, Any]) -> list[str]:
         f"{run['gpu']}, torch {run['torch']}, Triton {run['triton']}, transformers {run['transformers']},"
         f" {run['dtype']}, {run['date']}. `{run['command'].split(' --out')[0]}`",
         "",
-        "Unmodified blocks of transformers, us per block. *ops*: `topk_routing` and `fused_experts`, from the router's"
-        " logits, in a CUDA graph of their own, eight blocks after each other; behind the router's GEMM of cuBLAS; and as"
-        " the one op that Inductor's code calls, the router's product included. Then the compiled model with"
-        ' `mode="reduce-overhead"`, one block and eight, and without graphs. What a call of a model with graphs has more'
-        " than the op is torch's copy of the input into the graph's memory (5 us at T = 8, 15 us from T = 64 on, says the"
-        " profiler), the gap before the graph, and at T = 1 of qwen3 the host, which cannot launch replays of one block"
-        " as fast as the GPU runs them. Without graphs it is the host that takes the time at few tokens.",
+        "Unmodified blocks of transformers, us per block. *ops*: `topk_routing` and `fused_experts`, from the"
+        " router's logits, in a CUDA graph of their own, eight blocks after each other; behind the router's"
+        " GEMM of cuBLAS; and as the one op that Inductor's code calls, the router's product included. Then"
+        ' the compiled model with `mode="reduce-overhead"`, one block and eight, and without graphs. What a'
+        " call of a model with graphs has more than the op is torch's copy of the input into the graph's"
+        " memory (5 us at T = 8, 15 us from T = 64 on, says the profiler), the gap before the graph, and at T"
+        " = 1 of qwen3 the host, which cannot launch replays of one block as fast as the GPU runs them."
+        " Without graphs it is the host that takes the time at few tokens.",
         "",
         *([run["note"], ""] if "note" in run else []),
         *table(["block", "T", *columns], rows),
