@@ -378,9 +378,6 @@ def decompose(op: OpOverload, function: Callable[..., Any], device: str) -> None
     decomposition.fast_random_decomps.cache_clear()
 
 
-# --- region/: symbolic sizes ----------------------------------------------------------------------------------------
-
-
 try:
     from torch._C._dynamo.guards import (
         _empty_strided_cuda,  # pyright: ignore[reportAttributeAccessIssue]
@@ -410,6 +407,9 @@ def below_autograd(op: OpOverload, rewrite: Callable[[torch.fx.Node], None]) -> 
         rewrite(match.output_node())
 
     register_graph_pattern(CallFunctionVarArgs(op), pass_dict=pass_patterns[-1])(found)  # type: ignore[arg-type]
+
+
+# --- region/: symbolic sizes ----------------------------------------------------------------------------------------
 
 
 def size_expr(size: torch.SymInt) -> sympy.Expr:

@@ -162,7 +162,8 @@ def _fused_moe(
     E, H = weight.shape
     plan = router_plan(x.shape[0], E, H, x.dtype) if x.dtype in DTYPES else None
     rows = x.dtype == weight.dtype and x.stride(1) == weight.stride(1) == 1
-    if plan is None or not rows or x.shape[0] == 0:
+    dense = bias is None or bias.stride(0) == 1
+    if plan is None or not rows or not dense or x.shape[0] == 0:
         topk_weights, topk_ids = topk_routing(F.linear(x, weight, bias), *call.routing)
         return [fused_experts(call.hidden_states, topk_ids, topk_weights, *call.experts)]
     logits = router_logits(x, weight, bias, plan)

@@ -30,15 +30,19 @@ def test_against_linear(T, E, H, biased, poisoned_workspaces):
 
 
 @pytest.mark.parametrize("T", [1, 5])
-def test_block_is_its_parts(T, poisoned_workspaces):
+@pytest.mark.parametrize("stride", [0, 1, 2])
+def test_block_is_its_parts(T, stride, poisoned_workspaces):
+    """stride: of the router's bias, if it has one."""
     E, k, H, I = 6, 2, 48, 32
     x, router = torch.randn(T, H), torch.randn(E, H)
-    gate_up_proj, down_proj = [torch.randn(E, 2 * I, H) / H**0.5], [torch.randn(E, H, I) / I**0.5]
-    logits = torch.nn.functional.linear(x, router)
+    router_bias = (3 * torch.randn(E * stride))[::stride] if stride else None
+    gate_up_proj = [torch.randn(E, 2 * I, H) / H**0.5]
+    down_proj = [torch.randn(E, H, I) / I**0.5]
+    logits = torch.nn.functional.linear(x, router, router_bias)
     routing = Routing(
         logits, k, True, torch.float32, score="sigmoid", weight="sigmoid", bias=torch.randn(E)
     )
     topk_weights, topk_ids = cuda.topk_routing(*routing)
     experts = Call(x, topk_ids, topk_weights, gate_up_proj, [], down_proj, "silu", torch.float32)
-    whole = cuda.fused_moe(*Block.of(x, router, None, routing, experts))
+    whole = cuda.fused_moe(*Block.of(x, router, router_bias, routing, experts))
     torch.testing.assert_close(whole, cuda.fused_experts(*experts), rtol=1e-5, atol=1e-5)
