@@ -100,9 +100,7 @@ def measure(name: str, T: int, blocks: list[nn.Module]) -> dict[str, Any]:
     row: dict[str, Any] = {"block": name, "T": T}
     row["us_ops"] = replays_us(graph_of(all_ops).replay) / len(blocks)
     row["us_gate_and_ops"] = replays_us(graph_of(behind_gates).replay) / len(blocks)
-    row["us_block_op"] = replays_us(graph_of(lambda: [whole(b) for b in blocks]).replay) / len(
-        blocks
-    )
+    row["us_block_op"] = replays_us(graph_of(all_whole).replay) / len(blocks)
     for column, backend, mode, some in (
         ("us_block", "moe_inductor", "reduce-overhead", blocks[:1]),
         ("us_block_of_model", "moe_inductor", "reduce-overhead", blocks),

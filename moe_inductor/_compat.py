@@ -398,13 +398,15 @@ def empty_on(device: torch.device) -> Callable[..., torch.Tensor]:
     return empty
 
 
-def below_autograd(op: OpOverload, rewrite: Callable[[torch.fx.Node], None]) -> None:
-    """Inductor hands every call of ``op`` in its graphs, which are functional and below autograd, to ``rewrite``."""
+def in_inference(op: OpOverload, rewrite: Callable[[torch.fx.Node], None]) -> None:
+    """Inductor hands every call of ``op`` in its graphs to ``rewrite``, but for those that have a backward graph."""
     from torch._inductor.fx_passes.post_grad import pass_patterns
     from torch._inductor.pattern_matcher import CallFunctionVarArgs
 
     def found(match: Match, *args: Any, **kwargs: Any) -> None:
-        rewrite(match.output_node())
+        context = TracingContext.try_get()
+        if context is not None and context.fw_metadata and not context.fw_metadata.traced_tangents:
+            rewrite(match.output_node())
 
     register_graph_pattern(CallFunctionVarArgs(op), pass_dict=pass_patterns[-1])(found)  # type: ignore[arg-type]
 

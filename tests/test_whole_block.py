@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._inductor.utils import run_and_get_code
+from torch.utils.checkpoint import checkpoint
 
 from moe_inductor import _compat
 from moe_inductor.ops import cpu
@@ -180,6 +181,23 @@ def test_training_is_not_joined():
     torch.testing.assert_close(grad, x.grad)
 
 
+class Checkpointed(Loop):
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+def test_a_router_that_is_computed_twice_is_not_joined():
+    """The forward pass keeps nothing of it, but both passes must choose the same experts."""
+    torch.manual_seed(0)
+    model, x = Checkpointed(), torch.randn(4, 24, requires_grad=True)
+    out, found = run(model, x)
+    assert "fused_moe" not in found
+    out.sum().backward()
+    grad, x.grad = x.grad, None
+    model(x).sum().backward()
+    torch.testing.assert_close(grad, x.grad)
+
+
 def test_batch_invariant_is_not_joined():
     with torch.no_grad():
         _, found = run(Loop(), torch.randn(4, 24), **{"moe_inductor.batch_invariant": True})
@@ -207,6 +225,8 @@ CHANGES = {
     "a write in between": False,
     "a write before": True,
     "a factor on the product": False,
+    "a bias for each expert": True,
+    "a bias for all experts": False,
 }
 
 
@@ -230,9 +250,10 @@ def test_joined_is_what_means_the_same(change):
         call(aten.copy_.default, x, x)
     dims = [0, 1] if change == "a view of the weight that is no transpose" else [1, 0]
     transposed = call(aten.permute.default, weight, dims)
-    if change == "a factor on the product":
-        bias = placeholder("bias", 4)
-        logits = call(aten.addmm.default, bias, x, transposed, beta=2)
+    if change in ("a factor on the product", "a bias for each expert", "a bias for all experts"):
+        bias = placeholder("bias", 1 if change == "a bias for all experts" else 4)
+        factor = {"beta": 2} if change == "a factor on the product" else {}
+        logits = call(aten.addmm.default, bias, x, transposed, **factor)
     else:
         logits = call(aten.mm.default, x, transposed)
     if change == "a write in between":

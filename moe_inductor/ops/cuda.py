@@ -132,6 +132,7 @@ def fused_moe(*args: Any) -> torch.Tensor:
         call[_ROUTING_BIAS + 1 : _HIDDEN],
         (call.activation, call.out_dtype, call.interleaved, call.weight_on_input),
         call.batch_invariant,
+        x is call.hidden_states,  # a program knows one tensor by one address
         (gate.of_list, up.of_list if up else None, down_.of_list),
     )
     inputs = [
@@ -162,15 +163,24 @@ def _fused_moe(
     E, H = weight.shape
     plan = router_plan(x.shape[0], E, H, x.dtype) if x.dtype in DTYPES else None
     rows = x.dtype == weight.dtype and x.stride(1) == weight.stride(1) == 1
-    dense = bias is None or bias.stride(0) == 1
+    dense = bias is None or (bias.shape == (E,) and bias.stride(0) == 1)
     if plan is None or not rows or not dense or x.shape[0] == 0:
         topk_weights, topk_ids = topk_routing(F.linear(x, weight, bias), *call.routing)
         return [fused_experts(call.hidden_states, topk_ids, topk_weights, *call.experts)]
     logits = router_logits(x, weight, bias, plan)
     topk_weights, topk_ids = _topk_routing(logits, *call.routing, first=False, allocate=scratch)
-    facts = (call.activation, call.out_dtype, *call[-3:])
+    flags = (call.interleaved, call.weight_on_input, call.batch_invariant)
     return _fused_experts(
-        call.hidden_states, topk_ids, topk_weights, gate, up, down_, biases, *facts
+        call.hidden_states,
+        topk_ids,
+        topk_weights,
+        gate,
+        up,
+        down_,
+        biases,
+        call.activation,
+        call.out_dtype,
+        *flags,
     )
 
 

@@ -118,16 +118,16 @@ def _put(out: Emitter, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     base, indices, given = args[0], list(args[1]), args[2]
     accumulate = len(args) > 3 and args[3] is True
     made, origin = value(node), node.meta.get("stack_trace")
-    if len(indices) != 1 or not isinstance(given, fx.Node):
+    if len(indices) != 1 or not isinstance(given, fx.Node) or not value(given).dim():
         return None
     (rows,) = indices
     if _is_mask(rows):
         base = _flat(out, base, rows, origin)
-        rows = _rows(out, rows, value(given).shape[0] if value(given).dim() else None, origin)
+        rows = _rows(out, rows, value(given).shape[0], origin)
     elif value(rows).dim() != 1 or value(rows).dtype not in (torch.int32, torch.int64):
         return None
     found = value(base)
-    if rows is None or value(given).dim() != found.dim():
+    if value(given).dim() != found.dim():
         return None
     added = given if accumulate else _increment(out, base, rows, given)
     if added is None and _are_zero(base, rows):

@@ -1,8 +1,9 @@
 """The router's product, ``topk_routing`` and ``fused_experts`` as one call of ``fused_moe``, in Inductor's graphs.
 
-There, below autograd, everything is functional, so calls may be joined wherever nobody else reads what passes between
-them: a graph that keeps logits, weights or ids for a backward pass, or returns them, stays as it is.  On GPUs alone:
-on a CPU Inductor fuses the routing with what surrounds it.
+Calls may be joined where nobody else reads what passes between them and nothing is written meanwhile.  Not in training:
+where the backward pass computes the router once more (activation checkpointing), by the library's product, a logit
+rounded otherwise would send it to other experts than the forward pass.  On GPUs alone: on a CPU Inductor fuses the
+routing with what surrounds it.
 """
 
 from __future__ import annotations
@@ -59,10 +60,13 @@ def _operands(product: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | Non
     """``(x [T, H], weight [E, H], bias [E] or None)`` of ``x @ weight^T + bias``; None for any other product."""
     *first, x, transposed = product.args
     bias = first[0] if first else None
-    if bias is not None and not (isinstance(bias, fx.Node) and bias.meta["val"].dim() == 1):
-        return None
     weight = _transpose_of(transposed)
     if product.kwargs or weight is None or not isinstance(x, fx.Node):
+        return None
+    if bias is None:
+        return x, weight, None
+    experts = weight.meta["val"].shape[:1]
+    if not isinstance(bias, fx.Node) or bias.meta["val"].shape != experts:  # one number for all
         return None
     return x, weight, bias
 
@@ -73,7 +77,7 @@ def _eager(kind: Any, node: fx.Node) -> Any:
 
 
 def _maker(made: Any, *targets: Any) -> fx.Node | None:
-    """``made``, if it is a call of one of the ``targets`` that one node reads, once."""
+    """``made``, if it is a call of one of the ``targets`` and has one reader."""
     if isinstance(made, fx.Node) and made.target in targets and len(made.users) == 1:
         return made
     return None
@@ -102,4 +106,4 @@ def _written_between(first: fx.Node, last: fx.Node) -> bool:
     return False
 
 
-_compat.below_autograd(EXPERTS, join)
+_compat.in_inference(EXPERTS, join)

@@ -306,7 +306,20 @@ def test_facts_of_the_experts_make_another_program(log):
     assert len(cuda._PROGRAMS) == 6
 
 
-def test_one_tensor_twice_is_not_two_tensors(log):
+def test_one_weight_twice_is_not_two_weights(log):
+    """Written down with one tensor as gate and as up; then these are two of the same kind."""
+    call = separate(draw())
+    for _ in range(3):
+        cuda.fused_experts(**call | {"up_proj": call["gate_up_proj"]})
+    assert log[-1][0] == "repeated"
+    log.clear()
+    cuda.fused_experts(**call)
+    assert kinds(log) == {"jit"}
+    addresses = {a for *_, entry in log for a in entry}
+    assert {call[n][0].data_ptr() for n in ("gate_up_proj", "up_proj")} <= addresses
+
+
+def test_one_input_twice_is_not_two_inputs(log):
     """Written down with one tensor as the router's input and the experts'; then these are two of the same kind."""
     for _ in range(2):
         cuda.fused_moe(*block(draw()))

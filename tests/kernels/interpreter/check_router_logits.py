@@ -30,12 +30,17 @@ def test_against_linear(T, E, H, biased, poisoned_workspaces):
 
 
 @pytest.mark.parametrize("T", [1, 5])
-@pytest.mark.parametrize("stride", [0, 1, 2])
-def test_block_is_its_parts(T, stride, poisoned_workspaces):
-    """stride: of the router's bias, if it has one."""
+@pytest.mark.parametrize("stored", ["", "dense", "strided", "expanded", "one for all"])
+def test_block_is_its_parts(T, stored, poisoned_workspaces):
+    """stored: how the router's bias is, if it has one."""
     E, k, H, I = 6, 2, 48, 32
+    router_bias = {
+        "dense": 3 * torch.randn(E),
+        "strided": (3 * torch.randn(2 * E))[::2],
+        "expanded": torch.randn(1).expand(E),
+        "one for all": torch.randn(1),
+    }.get(stored)
     x, router = torch.randn(T, H), torch.randn(E, H)
-    router_bias = (3 * torch.randn(E * stride))[::stride] if stride else None
     gate_up_proj = [torch.randn(E, 2 * I, H) / H**0.5]
     down_proj = [torch.randn(E, H, I) / I**0.5]
     logits = torch.nn.functional.linear(x, router, router_bias)
