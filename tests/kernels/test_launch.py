@@ -329,6 +329,10 @@ def test_one_input_twice_is_not_two_inputs(log):
     assert kinds(log) == {"jit"}
     addresses = [a for *_, entry in log for a in entry]
     assert {other.data_ptr(), call["hidden_states"].data_ptr()} <= set(addresses)
+    for _ in range(2):
+        log.clear()
+        cuda.fused_moe(*block(call, x=other))
+    assert kinds(log) == {"repeated"}  # both kinds of calls have a program
     log.clear()
     cuda.fused_moe(*block(call))
     assert kinds(log) == {"repeated"}
