@@ -82,8 +82,11 @@ class Remake:
         if is_floating(node):
             if self.canonical.router_refusal is not None:
                 raise self.canonical.router_refusal
-            if self.canonical.autocast or self.canonical.router_autocast:
-                raise Refusal(Code.SPELLING, "the scores are masked under autocast", where)
+            # A look-up keeps the dtype of what is looked up; other operators may have been cast.
+            cast = self.canonical.autocast or self.canonical.router_autocast
+            if cast and node.target is not aten.gather.default:
+                words = "scores would have to be computed under autocast that the model has in another form"
+                raise Refusal(Code.SPELLING, words, where)
         for argument in node.all_input_nodes:
             self.plan(argument)
 

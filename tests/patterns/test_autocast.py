@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from moe_inductor.patterns import _blocks
+from moe_inductor.patterns._own_scores import OwnStacked
 from moe_inductor.patterns.expert_loop import InModules, Loop, SumInFloat, TokensFirst
 from moe_inductor.patterns.hf_batched_mm import Batched
 
@@ -24,6 +25,18 @@ class Around(torch.nn.Module):
     def forward(self, x):
         with torch.autocast("cpu", torch.bfloat16, enabled=self.enabled):
             return self.block(x)
+
+
+class OwnScores(OwnStacked):
+    """Each expert looks its scores up itself; the sum is in fp32, the experts' results are not."""
+
+    def experts(self, x, topk_ids, topk_weights):
+        out = torch.zeros_like(x)
+        for e in range(_blocks.NUM_EXPERTS):
+            token = self.tokens(topk_ids, e)
+            weight = self.weight(topk_weights, topk_ids, token, e)
+            out.index_add_(0, token, (self.expert(e, x[token]) * weight).to(out.dtype))
+        return out
 
 
 class RouterInFloat(Batched):
@@ -99,7 +112,17 @@ def _check(build, rewritten, around, dtype=torch.float32):
 @pytest.mark.parametrize("around", [False, True], ids=["ambient", "inside"])
 @pytest.mark.parametrize(
     "build",
-    [Loop, InModules, TokensFirst, SumInFloat, BiasedLoop, Batched, PlainBatched, PowInFloat],
+    [
+        Loop,
+        InModules,
+        TokensFirst,
+        SumInFloat,
+        BiasedLoop,
+        Batched,
+        PlainBatched,
+        PowInFloat,
+        OwnScores,
+    ],
 )
 def test_fused_under_autocast(build, around, rewritten):
     experts = _check(build, rewritten, around).moe.experts
