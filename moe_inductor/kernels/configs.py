@@ -238,7 +238,7 @@ def _hopper_down(problem: Problem, block_m: int) -> GemmConfig:
     if block_m == 32:
         return GemmConfig(32, 128, 128, 1, 4, 4 if tma else 3, tma, persistent=tma)
     rows = _rows_per_expert(problem)
-    if block_m == 64 and rows >= SOME_ROWS and problem.I >= 2048:
+    if block_m == 64 and rows >= SOME_ROWS and problem.I >= 2048:  # gpt-oss's, not OLMoE's
         return GemmConfig(64, 256, 64, 8, 4, 4, tma, persistent=tma, early=False)
     if block_m == 64:
         return GemmConfig(64, 128, 128, 8, 4, 4, tma, persistent=tma, early=rows < SOME_ROWS)

@@ -35,7 +35,12 @@ _Arguments = collections.namedtuple(
 
 
 class Block(_Arguments):
-    """One call of ``fused_moe``: its arguments in the order of the schema."""
+    """One call of ``fused_moe``: its arguments in the order of the schema.
+
+    router_input [T, H] and hidden_states [T, H] (most models give one tensor as both), router_weight [E, H] and
+    router_bias [E] or None, of the dtype of router_input, make ``router_logits [T, E]``; the others are those of
+    ``ops.topk_routing`` and ``ops.fused_experts``.  The result is [T, H] in ``out_dtype``.
+    """
 
     __slots__ = ()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +60,35 @@ def topk_routing(
     return weights, ids
 
 
+class _Experts(NamedTuple):
+    """What the kernels read of the experts, as ``Programs`` wants to know it.
+
+    biases: of gate (or of gate and up), of up and of down, each [E, out] or None.
+    """
+
+    gate: Stored
+    up: Stored | None
+    down: Stored
+    biases: list[torch.Tensor | None]
+
+    @staticmethod
+    def of(
+        gate_up_proj: Weights, up_proj: Weights, down_proj: Weights, *biases: Weights
+    ) -> _Experts:
+        gate, down_ = Stored.of(gate_up_proj), Stored.of(down_proj)
+        up = Stored.of(up_proj) if up_proj else None
+        return _Experts(gate, up, down_, [stacked_bias(b) if b else None for b in biases])
+
+    @property
+    def of_lists(self) -> tuple[Any, ...]:
+        return self.gate.of_list, self.up.of_list if self.up else None, self.down.of_list
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        up = self.up.tensor if self.up else None
+        return self.gate.tensor, up, self.down.tensor, *self.biases
+
+
 def fused_experts(
     hidden_states: torch.Tensor,
     topk_ids: torch.Tensor,
@@ -100,32 +129,28 @@ def fused_experts(
                 batch_invariant,
             )
     facts = (activation, out_dtype, interleaved, weight_on_input, batch_invariant)
-    gate, down_ = Stored.of(gate_up_proj), Stored.of(down_proj)
-    up = Stored.of(up_proj) if up_proj else None
-    biases = [stacked_bias(b) if b else None for b in (gate_up_bias, up_bias, down_bias)]
-    arguments = (hidden_states, topk_ids, topk_weights, gate, up, down_, biases, *facts)
+    experts = _Experts.of(gate_up_proj, up_proj, down_proj, gate_up_bias, up_bias, down_bias)
+    arguments = (hidden_states, topk_ids, topk_weights, experts, *facts)
     if not repeatable(hidden_states):
         return _fused_experts(*arguments)[0]
-    lists = (gate.of_list, up.of_list if up else None, down_.of_list)
-    weights = (gate.tensor, up.tensor if up else None, down_.tensor)
-    inputs = [hidden_states, topk_ids, topk_weights, *weights, *biases]
-    return _PROGRAMS.run((facts, lists), inputs, _fused_experts, *arguments)[0]
+    inputs = [hidden_states, topk_ids, topk_weights, *experts.tensors]
+    return _PROGRAMS.run((facts, experts.of_lists), inputs, _fused_experts, *arguments)[0]
 
 
 def fused_moe(*args: Any) -> torch.Tensor:
-    """``moe_inductor::fused_moe``: the router's product, ``topk_routing`` and ``fused_experts`` in a row."""
+    """``moe_inductor::fused_moe``: the router's product, ``topk_routing`` and ``fused_experts`` in a row.
+
+    Arguments as ``ops.block.Block`` has them; [T, H] in ``out_dtype``.
+    """
     call = Block(*args)
     x = call.router_input
     if _is_elsewhere(x):
         with torch.cuda.device(x.device):
             return fused_moe(*args)
-    gate, down_ = Stored.of(call.gate_up_proj), Stored.of(call.down_proj)
-    up = Stored.of(call.up_proj) if call.up_proj else None
-    lists = (call.gate_up_bias, call.up_bias, call.down_bias)
-    biases = [stacked_bias(b) if b else None for b in lists]
-    arguments = (call, gate, up, down_, biases)
+    biases = (call.gate_up_bias, call.up_bias, call.down_bias)
+    experts = _Experts.of(call.gate_up_proj, call.up_proj, call.down_proj, *biases)
     if not repeatable(x):
-        return _fused_moe(*arguments)[0]
+        return _fused_moe(call, experts)[0]
     # Everything that is no tensor.
     what = (
         call[3:_ROUTING_BIAS],
@@ -133,32 +158,16 @@ def fused_moe(*args: Any) -> torch.Tensor:
         (call.activation, call.out_dtype, call.interleaved, call.weight_on_input),
         call.batch_invariant,
         x is call.hidden_states,  # a program knows one tensor by one address
-        (gate.of_list, up.of_list if up else None, down_.of_list),
+        experts.of_lists,
     )
-    inputs = [
-        x,
-        call.router_weight,
-        call.router_bias,
-        call.bias,
-        call.hidden_states,
-        gate.tensor,
-        up.tensor if up else None,
-        down_.tensor,
-        *biases,
-    ]
-    return _PROGRAMS.run(what, inputs, _fused_moe, *arguments)[0]
+    inputs = [*call[:3], call.bias, call.hidden_states, *experts.tensors]
+    return _PROGRAMS.run(what, inputs, _fused_moe, call, experts)[0]
 
 
 _ROUTING_BIAS, _HIDDEN = Block._fields.index("bias"), Block._fields.index("hidden_states")
 
 
-def _fused_moe(
-    call: Block,
-    gate: Stored,
-    up: Stored | None,
-    down_: Stored,
-    biases: Sequence[torch.Tensor | None],
-) -> list[torch.Tensor]:
+def _fused_moe(call: Block, experts: _Experts) -> list[torch.Tensor]:
     x, weight, bias = call[:3]
     E, H = weight.shape
     plan = router_plan(x.shape[0], E, H, x.dtype) if x.dtype in DTYPES else None
@@ -174,10 +183,7 @@ def _fused_moe(
         call.hidden_states,
         topk_ids,
         topk_weights,
-        gate,
-        up,
-        down_,
-        biases,
+        experts,
         call.activation,
         call.out_dtype,
         *flags,
@@ -188,10 +194,7 @@ def _fused_experts(
     hidden_states: torch.Tensor,
     topk_ids: torch.Tensor,
     topk_weights: torch.Tensor,
-    gate_weights: Stored,
-    up_weights: Stored | None,
-    down_weights: Stored,
-    biases: Sequence[torch.Tensor | None],
+    experts: _Experts,
     activation: str,
     out_dtype: torch.dtype,
     interleaved: bool,
@@ -204,10 +207,10 @@ def _fused_experts(
         raise NotImplementedError(f"activation {unit.text}: no fp64 on a GPU")
     if hidden_states.dtype not in DTYPES:
         raise NotImplementedError(f"dtype {hidden_states.dtype}")
-    gate_bias, up_bias, down_bias = biases
-    gate = Projection.of(gate_weights, gate_bias, interleaved)
-    up = Projection.of(up_weights, up_bias) if up_weights else None
-    down_ = Projection.of(down_weights, down_bias)
+    gate_bias, up_bias, down_bias = experts.biases
+    gate = Projection.of(experts.gate, gate_bias, interleaved)
+    up = Projection.of(experts.up, up_bias) if experts.up else None
+    down_ = Projection.of(experts.down, down_bias)
     for projection in (gate, up or gate, down_):
         if projection.dtype != hidden_states.dtype:
             raise NotImplementedError(

@@ -14,6 +14,7 @@ from moe_inductor.ops.scores import gradient
 
 _NAME = f"{NAMESPACE}::topk_routing"
 
+_REQUIRED = "int k, bool renormalise, ScalarType weights_dtype"
 _DEFAULTS = {
     "Tensor? bias": "None",
     "str score": "'softmax'",
@@ -29,9 +30,9 @@ _DEFAULTS = {
     "ScalarType? score_dtype": "None",
 }
 # What follows the logits, without defaults, for an op that goes on behind it.
-SCHEMA = ", ".join(["int k, bool renormalise, ScalarType weights_dtype", *_DEFAULTS])
+SCHEMA = ", ".join([_REQUIRED, *_DEFAULTS])
 LIBRARY.define(
-    "topk_routing(Tensor router_logits, int k, bool renormalise, ScalarType weights_dtype, "
+    f"topk_routing(Tensor router_logits, {_REQUIRED}, "
     + ", ".join(f"{name}={default}" for name, default in _DEFAULTS.items())
     + ") -> (Tensor topk_weights, Tensor topk_ids)",
     tags=TAGS,
