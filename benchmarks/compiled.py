@@ -27,13 +27,23 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.cells import SHAPES, TOKENS
-from moe_inductor.kernels import align, combine, decode, down, gate_up, router_logits, routing
+from moe_inductor.kernels import (
+    align,
+    combine,
+    decode,
+    down,
+    gate_up,
+    router_logits,
+    router_pieces,
+    routing,
+)
 from moe_inductor.ops import cuda
 from moe_inductor.ops.block import Block
 from moe_inductor.ops.check import Call, Routing
 
 SM90 = GPUTarget("cuda", 90, 32)
 RESULTS = pathlib.Path(__file__).parent / "results" / "compiled_sm90.json"
+MODULES = (align, combine, decode, down, gate_up, router_logits, router_pieces, routing)
 _TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -95,7 +105,7 @@ def recording(
         launches.append(Launch(kernel, args, meta))
 
     with contextlib.ExitStack() as stack:
-        for module in (align, combine, decode, down, gate_up, router_logits, routing):
+        for module in MODULES:
             stack.enter_context(mock.patch.object(module, "launch", launch))
         for name, value in (
             ("_capability", capability),

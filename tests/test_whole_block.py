@@ -272,3 +272,13 @@ def test_joined_is_what_means_the_same(change):
     whole_block.join(out)
     joined = any(node.target is whole_block.BLOCK for node in graph.nodes)
     assert joined is CHANGES[change]
+
+
+def test_an_error_in_joining_is_told_and_nothing_is_fused(monkeypatch, caplog):
+    def broken(*args):
+        raise ValueError("no such thing")
+
+    monkeypatch.setattr(whole_block.Block, "of", broken)
+    caplog.set_level("INFO", "moe_inductor")
+    assert check(Loop(), torch.randn(3, 24)) == []
+    assert "internal error of moe_inductor (ValueError: no such thing)" in caplog.text

@@ -19,17 +19,21 @@ import torch
 DECODE_REPEATED_BYTES = 16e6
 # Rows per expert.  Up to SOME_ROWS they fit in a tile of 64, on the average; from there on an early start costs the
 # GEMMs more than it gains.  Below FEW_ROWS reading the weights is the cost, and small experts are better off with
-# tiles of 64 too; from MANY_ROWS on the arithmetic is.
-SOME_ROWS, FEW_ROWS, MANY_ROWS = 48, 96, 192
+# tiles of 64 too; from there on programs walk the tiles of 128.
+SOME_ROWS, FEW_ROWS = 48, 96
 # H * I of small experts (OLMoE's have 2.1e6, gpt-oss's 8.3e6, DeepSeek-V3's, which are not small, 14.7e6).
 SMALL_EXPERT = 1e7
 # In-features from which a small tile of the down GEMM is deeper, where it is read by pointers.
 DEEP = 4096
 # What one tile for every T is chosen for: rows per expert.
 MIDDLE_ROWS = 32
-# The router's product: how large it may be before a library's GEMM is as fast (each program reads its expert's row
-# again for other tokens), from how many programs on they work on more tokens each, and what one has in registers.
-MAX_ROUTER_PRODUCTS, MANY_ROUTER_PROGRAMS, ROUTER_BYTES = 12e6, 512, 2**14
+# The router's product row by row: how large it may be before a library's GEMM is as fast (each program reads its
+# expert's row again for other tokens), and what one program has in registers.
+MAX_ROW_PRODUCTS, ROW_BYTES = 12e6, 2**14
+# In tiles: from how many tokens, up to how many, and up to what size it was faster than the other ways; how many
+# programs fill a GPU, and how few do not.
+MIN_TILE_TOKENS, MAX_TILE_TOKENS, MAX_TILE_PRODUCTS = 8, 1024, 1e9
+ROUTER_PROGRAMS, FEW_ROUTER_PROGRAMS = 128, 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,11 +89,22 @@ Plan = DecodePlan | GroupedPlan
 
 
 @dataclasses.dataclass(frozen=True)
-class RouterPlan:
-    """The router's product: tokens, and elements of their rows, that one program has at a time."""
+class RouterRows:
+    """The router's product, a program per expert's row: tokens, and elements of their rows, that it has at a time."""
 
     block_t: int
     block_h: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterTiles:
+    """The router's product on tensor cores, H in so many pieces, which the routing kernel adds up."""
+
+    block_t: int
+    block_e: int
+    pieces: int
+    block_h: int = 128
+    num_stages: int = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,15 +153,38 @@ def choose_plan(problem: Problem) -> Plan:
     return GroupedPlan(_hopper_gate_up(problem, block_m), _hopper_down(problem, block_m))
 
 
-def router_plan(T: int, E: int, H: int, dtype: torch.dtype) -> RouterPlan | None:
+def router_plan(T: int, E: int, H: int, dtype: torch.dtype) -> RouterRows | RouterTiles | None:
     """How the router's product is made; None where a library's GEMM is as fast."""
-    if T * E * H > MAX_ROUTER_PRODUCTS:
+    if dtype.itemsize == 2 and MIN_TILE_TOKENS <= T <= MAX_TILE_TOKENS:
+        tiles, programs = _router_tiles(T, E, H)
+        if programs >= FEW_ROUTER_PROGRAMS and T * E * H <= MAX_TILE_PRODUCTS:
+            return tiles
+    if T * E * H > MAX_ROW_PRODUCTS:
         return None
     block_t = min(1 << (T - 1).bit_length(), 4)
-    if E * -(-T // block_t) >= MANY_ROUTER_PROGRAMS:
-        return RouterPlan(8, 512)
-    elements = ROUTER_BYTES // dtype.itemsize // block_t
-    return RouterPlan(block_t, min(1 << (H - 1).bit_length(), elements))
+    elements = ROW_BYTES // dtype.itemsize // block_t
+    return RouterRows(block_t, min(1 << (H - 1).bit_length(), elements))
+
+
+def _router_tiles(T: int, E: int, H: int) -> tuple[RouterTiles, int]:
+    """The smallest tiles, and with them the most pieces of H, that do not make too many programs; and how many."""
+    block_t, block_e = 16, 16
+    pieces = min(16, -(-H // 128))
+
+    def programs() -> int:
+        return -(-T // block_t) * -(-E // block_e) * pieces
+
+    # Larger tiles read less: first of the weights, then of the tokens.  A piece more is read again by the routing.
+    while programs() > ROUTER_PROGRAMS and block_t < min(64, T):
+        block_t *= 2
+    while programs() > ROUTER_PROGRAMS and block_e < min(32, E):
+        block_e *= 2
+    while programs() > ROUTER_PROGRAMS and pieces > 4:
+        pieces //= 2
+    while programs() > ROUTER_PROGRAMS and block_e < min(64, E):
+        block_e *= 2
+    stages = 2 if 2 * 128 * pieces >= H else 3
+    return RouterTiles(block_t, block_e, pieces, num_stages=stages), programs()
 
 
 def _same_sums(problem: Problem) -> Problem:
@@ -220,12 +258,13 @@ def _hopper_gate_up(problem: Problem, block_m: int) -> GemmConfig:
     rows = _rows_per_expert(problem)
     if block_m == 64 and rows >= SOME_ROWS:
         return GemmConfig(64, 128, 64, 8, 8, 4, tma, persistent=tma, early=False)
-    # Programs that walk the tiles, unless each step would have to make a descriptor for little arithmetic.
-    persistent = tma and (not problem.from_table or rows >= MANY_ROWS)
     if block_m == 64:
+        # Programs that walk the tiles, unless each step would have to make a descriptor for little arithmetic.
+        persistent = tma and not problem.from_table
         return GemmConfig(64, 64, 128 if persistent else 64, 8, 4, 4, tma, persistent)
-    group = 4 if rows < FEW_ROWS else 8
-    return GemmConfig(128, 128, 64, group, 8, 4, tma, persistent, early=False)
+    if rows < FEW_ROWS:
+        return GemmConfig(128, 128, 64, 4, 8, 4, tma, early=False)
+    return GemmConfig(128, 128, 64, 8, 8, 4, tma, persistent=tma, early=False)
 
 
 def _hopper_down(problem: Problem, block_m: int) -> GemmConfig:
@@ -240,9 +279,9 @@ def _hopper_down(problem: Problem, block_m: int) -> GemmConfig:
     rows = _rows_per_expert(problem)
     if block_m == 64 and rows >= SOME_ROWS and problem.I >= 2048:  # gpt-oss's, not OLMoE's
         return GemmConfig(64, 256, 64, 8, 4, 4, tma, persistent=tma, early=False)
+    if block_m == 64 and rows >= SOME_ROWS:
+        return GemmConfig(64, 128, 128, 8, 4, 4, tma, persistent=tma, early=False)
     if block_m == 64:
-        return GemmConfig(64, 128, 128, 8, 4, 4, tma, persistent=tma, early=rows < SOME_ROWS)
-    if tma and rows < FEW_ROWS and not problem.from_table:
-        return GemmConfig(128, 128, 64, 1, 4, 3, weights_by_tma=True, early=False)
-    stages = 4 if tma else 3
-    return GemmConfig(128, 256, 64, 8, 8, stages, tma, persistent=tma, early=False)
+        return GemmConfig(64, 128, 128, 1, 4, 4, tma, persistent=tma)
+    persistent = tma and rows >= FEW_ROWS
+    return GemmConfig(128, 256, 64, 8, 8, 4 if tma else 3, tma, persistent, early=False)

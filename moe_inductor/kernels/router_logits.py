@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import RouterPlan
+from .configs import RouterRows
 from .early import begin, next_may_begin
 from .launch import launch, scratch
 
@@ -73,7 +73,7 @@ def router_logits(
     router_input: torch.Tensor,
     router_weight: torch.Tensor,
     router_bias: torch.Tensor | None,
-    plan: RouterPlan,
+    plan: RouterRows,
 ) -> torch.Tensor:
     """[T, E] in the dtype of ``router_input`` [T, H], whose rows and those of ``router_weight`` [E, H] are contiguous.
 

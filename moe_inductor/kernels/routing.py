@@ -1,7 +1,7 @@
 """Routing: ``router_logits [T, E] -> topk_weights [T, k], topk_ids [T, k]`` in one launch.
 
     array          shape   dtype           written by   read by
-    router_logits  T, E    bf16/fp16/fp32  caller       _route
+    router_logits  T, E    bf16/fp16/fp32  caller       _route (or ``sums`` of router_pieces.py, and the bias)
     bias           E       bf16/fp16/fp32  caller       _route
     topk_weights   T, k    weights_dtype   _route       combine / decode (through the caller)
     topk_ids       T, k    int64           _route       align / decode (through the caller)
@@ -84,14 +84,19 @@ def _kept(choice, exists, GROUPS: tl.constexpr, KEPT: tl.constexpr, TOP2: tl.con
     return tl.reshape(tl.broadcast_to(kept[:, None], (PADDED_G, PADDED_S)), (PADDED_G * PADDED_S,))
 
 
-@triton.jit
+# stride_piece changes with T and must not cause a new compilation at multiples of 16.
+@triton.jit(do_not_specialize=["stride_piece"])
 def _route(
     logits_ptr,
+    router_bias_ptr,
     bias_ptr,
     weights_ptr,
     ids_ptr,
+    stride_piece,
     stride_token,
     E,
+    PIECES: tl.constexpr,
+    LOGITS_DTYPE: tl.constexpr,
     K: tl.constexpr,
     PADDED_K: tl.constexpr,
     RENORMALISE: tl.constexpr,
@@ -124,9 +129,14 @@ def _route(
     else:
         expert_of = lane
         exists = lane < E
-    logits = tl.load(
-        logits_ptr + token * stride_token + expert_of, mask=exists, other=float("-inf")
-    ).to(tl.float32)
+    logits_ptrs = logits_ptr + token * stride_token + expert_of
+    logits = tl.load(logits_ptrs, mask=exists, other=float("-inf")).to(tl.float32)
+    if PIECES > 0:  # sums of products that nobody has rounded yet
+        for piece in tl.static_range(1, PIECES):
+            logits += tl.load(logits_ptrs + piece * stride_piece, mask=exists, other=0.0)
+        if router_bias_ptr is not None:
+            logits += tl.load(router_bias_ptr + expert_of, mask=exists, other=0.0).to(tl.float32)
+        logits = logits.to(LOGITS_DTYPE).to(tl.float32)
     largest = tl.max(logits, 0)
 
     BY_LOGIT: tl.constexpr = GROUPS == 1 and bias_ptr is None
@@ -219,17 +229,22 @@ def topk_routing(
     score_dtype: torch.dtype | None = None,
     first: bool = True,
     allocate: Callable[..., torch.Tensor] = fresh,
+    router_bias: torch.Tensor | None = None,
+    logits_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``moe_inductor.ops.topk_routing`` on checked arguments.
 
+    router_logits may be fp32 [pieces, T, E] (``router_pieces``): the logits are the sum of the pieces and of
+    router_bias [E], which may be None, rounded to logits_dtype.
+
     first: no kernel of the same call runs before.  allocate: where the results come from (``launch.scratch``).
     """
-    T, E = router_logits.shape
+    *pieces, T, E = router_logits.shape
     topk_weights = allocate((T, k), weights_dtype, router_logits.device)
     topk_ids = allocate((T, k), torch.int64, router_logits.device)
     if T == 0 or k == 0:
         return topk_weights, topk_ids
-    if router_logits.stride(1) != 1:
+    if router_logits.stride(-1) != 1:
         router_logits = router_logits.contiguous()
     score_dtype = choice_dtype = score_dtype or torch.float32
     if bias is not None:
@@ -239,11 +254,15 @@ def topk_routing(
         _route,
         (T,),
         router_logits,
+        router_bias,
         bias,
         topk_weights,
         topk_ids,
-        router_logits.stride(0),
+        router_logits.stride(0) if pieces else 0,
+        router_logits.stride(-2),
         E,
+        PIECES=pieces[0] if pieces else 0,
+        LOGITS_DTYPE=_TYPES[logits_dtype or torch.float32],
         K=k,
         PADDED_K=triton.next_power_of_2(k),
         RENORMALISE=renormalise,

@@ -22,6 +22,7 @@ from moe_inductor.kernels.configs import (
     GroupedPlan,
     Plan,
     Problem,
+    RouterTiles,
     choose_plan,
     router_plan,
 )
@@ -30,6 +31,7 @@ from moe_inductor.kernels.down import down
 from moe_inductor.kernels.gate_up import gate_up
 from moe_inductor.kernels.launch import Programs, repeatable, scratch
 from moe_inductor.kernels.router_logits import router_logits
+from moe_inductor.kernels.router_pieces import router_pieces
 from moe_inductor.kernels.routing import topk_routing as _topk_routing
 from moe_inductor.kernels.weights import Projection, Stored, stacked_bias
 from moe_inductor.ops.block import Block
@@ -176,8 +178,14 @@ def _fused_moe(call: Block, experts: _Experts) -> list[torch.Tensor]:
     if plan is None or not rows or not dense or x.shape[0] == 0:
         topk_weights, topk_ids = topk_routing(F.linear(x, weight, bias), *call.routing)
         return [fused_experts(call.hidden_states, topk_ids, topk_weights, *call.experts)]
-    logits = router_logits(x, weight, bias, plan)
-    topk_weights, topk_ids = _topk_routing(logits, *call.routing, first=False, allocate=scratch)
+    if isinstance(plan, RouterTiles):
+        logits = router_pieces(x, weight, plan)
+        rounding = {"router_bias": bias, "logits_dtype": x.dtype}
+    else:
+        logits, rounding = router_logits(x, weight, bias, plan), {}
+    topk_weights, topk_ids = _topk_routing(
+        logits, *call.routing, first=False, allocate=scratch, **rounding
+    )
     flags = (call.interleaved, call.weight_on_input, call.batch_invariant)
     return _fused_experts(
         call.hidden_states,

@@ -9,13 +9,13 @@ import sys
 
 import torch
 
-from moe_inductor.kernels.configs import router_plan
-from moe_inductor.kernels.router_logits import router_logits
+from moe_inductor.kernels.configs import RouterTiles, router_plan
 from moe_inductor.ops import cuda
 from moe_inductor.ops.block import Block
 from moe_inductor.ops.check import Call, Routing
 from tests.oracle import assert_within_fp64_rule as check
 from tests.oracle import reference_experts, reference_experts_fp64, storages, unit_scale_inputs
+from tests.router_product import logits_by
 
 E, K = 4, 2
 # Decode, then rows per expert of 4, 12, 32, 80, 128, 256, then more slots than one launch aligns.
@@ -38,7 +38,9 @@ def run(tokens: int, hidden: int, intermediate: int, storage: str) -> None:
     router = torch.randn(E, hidden, device="cuda", dtype=torch.bfloat16)
     plan = router_plan(tokens, E, hidden, router.dtype)
     assert plan is not None
-    routing = Routing(router_logits(x, router, None, plan), K, True, torch.bfloat16)
+    tiles = RouterTiles(16, 16, 4, block_h=16)  # small blocks are not worth it, but must be right
+    assert torch.isfinite(logits_by(tiles, x, router)).all()
+    routing = Routing(logits_by(plan, x, router), K, True, torch.bfloat16)
     topk_weights, topk_ids = cuda.topk_routing(*routing)
     experts = Call(x, topk_ids, topk_weights, *weights, "silu", torch.bfloat16)
     whole = cuda.fused_moe(*Block.of(x, router, None, routing, experts))

@@ -227,15 +227,26 @@ TARGETS = [
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_router_product(target, capability, dtype, record_block):
-    for T, sizes in ((1, QWEN3), (4, QWEN3), (30, QWEN3), (1, MIXTRAL), (3, QWEN3 | {"H": 2000})):
+    tiles = dtype != torch.float32
+    for T, sizes in (
+        (1, QWEN3),
+        (4, QWEN3),
+        (30, QWEN3),
+        (1, MIXTRAL),
+        (3, QWEN3 | {"H": 2000}),
+        *(((300, QWEN3), (60, QWEN3 | {"H": 2000})) if tiles else ()),
+    ):
         launches = record_block(capability, T, **sizes, dtype=dtype, bias=T == 4)
         first, second, third = launches[:3]
         names = [launch.kernel.__name__ for launch in (first, second)]
-        assert names == ["_router_logits", "_route"]
+        in_tiles = tiles and T >= 8
+        assert names == ["_router_pieces" if in_tiles else "_router_logits", "_route"]
         compiled = compile_for(target, *first)
         if target.backend == "cuda":
             assert target.arch > 90 or not spilled_bytes(compiled)
-            assert "v4.b32" in compiled.asm["ptx"]  # 16-byte loads
+            ptx = compiled.asm["ptx"]
+            assert "v4.b32" in ptx or "cp.async.cg.shared.global" in ptx  # 16-byte loads
+            assert ("mma" in ptx) == in_tiles
         early = capability >= (9, 0)
         assert [launch.meta["EARLY"] for launch in (first, second, third)] == [early] * 3
 

@@ -9,12 +9,12 @@ if not torch.cuda.is_available():
 
 from torch._inductor.utils import run_and_get_code
 
-from moe_inductor.kernels.configs import RouterPlan, router_plan
-from moe_inductor.kernels.router_logits import router_logits
+from moe_inductor.kernels.configs import RouterRows, RouterTiles, router_plan
 from moe_inductor.ops import cuda
 from moe_inductor.ops.block import Block
 from moe_inductor.ops.check import Call, Routing
 from tests.oracle import assert_within_fp64_rule, reference_experts, reference_experts_fp64
+from tests.router_product import logits_by
 
 pytestmark = pytest.mark.gpu
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
@@ -32,16 +32,15 @@ def _seed():
 def test_router_logits(E, H, dtype):
     weight = (torch.randn(E, H, device="cuda") / H**0.5).to(dtype)
     bias = torch.randn(E, device="cuda", dtype=dtype)
-    for T in (1, 2, 3, 4, 7, 8, 17, 33):
+    for T in (1, 2, 3, 4, 7, 8, 17, 33, 200):
         x = torch.randn(T, H, device="cuda", dtype=dtype)
         exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
         eager = torch.nn.functional.linear(x, weight, bias)
-        for plan in {
-            router_plan(T, E, H, dtype) or RouterPlan(4, 2048),
-            RouterPlan(1, 8192),
-            RouterPlan(8, 512),
-        }:
-            assert_within_fp64_rule(router_logits(x, weight, bias, plan), eager, exact)
+        plans = {router_plan(T, E, H, dtype), RouterRows(1, 8192), RouterRows(8, 512)}
+        if dtype != fp32:
+            plans |= {RouterTiles(16, 16, 16, num_stages=2), RouterTiles(64, 64, 4, 64)}
+        for plan in plans:
+            assert_within_fp64_rule(logits_by(plan, x, weight, bias), eager, exact)
 
 
 def block(T, E, k, H, I, dtype, per_expert=False, biased=False, **facts):
@@ -58,7 +57,7 @@ def block(T, E, k, H, I, dtype, per_expert=False, biased=False, **facts):
 
 @pytest.mark.parametrize("dtype", [bf16, fp16, fp32])
 @pytest.mark.parametrize("per_expert", [False, True])
-@pytest.mark.parametrize("T", [1, 2, 5, 30, 300, 3000])
+@pytest.mark.parametrize("T", [1, 2, 5, 30, 130, 300, 3000])
 def test_block(T, per_expert, dtype):
     for facts in (
         {},
@@ -70,11 +69,7 @@ def test_block(T, per_expert, dtype):
         )
         arguments = Block.of(x, router, router_bias, routing, experts)
         plan = router_plan(T, *router.shape, dtype)
-        logits = (
-            router_logits(x, router, router_bias, plan)
-            if plan
-            else torch.nn.functional.linear(x, router, router_bias)
-        )
+        logits = logits_by(plan, x, router, router_bias)
         topk_weights, topk_ids = cuda.topk_routing(logits, *routing[1:])
         exact = reference_experts_fp64(x, topk_ids, topk_weights, gate_up, [], down)
         eager = reference_experts(x, topk_ids, topk_weights, gate_up, [], down)

@@ -27,6 +27,7 @@ from moe_inductor.kernels import (
     gate_up,
     launch,
     router_logits,
+    router_pieces,
     routing,
 )
 from moe_inductor.ops import cuda
@@ -34,7 +35,7 @@ from moe_inductor.ops.block import Block
 from moe_inductor.ops.check import Call, Routing
 
 BACKEND = make_backend(GPUTarget("cuda", 90, 32))
-MODULES = (align, combine, decode, down, gate_up, router_logits, routing)
+MODULES = (align, combine, decode, down, gate_up, router_logits, router_pieces, routing)
 
 
 @dataclasses.dataclass
@@ -281,6 +282,21 @@ def test_a_block_is_repeated_in_one_program(T, log):
     assert product[:2] == [x.data_ptr(), weight.data_ptr()]
     assert product[-1] == route[0]  # the logits, that nobody else sees
     assert out.data_ptr() in last
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_router_in_pieces_is_repeated_too(biased, log):
+    x, weight = torch.randn(8, 2048).bfloat16(), torch.randn(64, 2048).bfloat16()
+    bias = torch.randn(64).bfloat16() if biased else None
+    call = Call(**draw(T=8))
+    for _ in range(3):
+        log.clear()
+        cuda.fused_moe(*Block.of(x, weight, bias, Routing(x, K, True, torch.bfloat16), call))
+    assert kinds(log) == {"repeated"}
+    (_, product, grid, _, first), (_, route, _, _, second) = log[:2]
+    assert (product, route, grid) == ("x_ptr", "logits_ptr", (1, 4, 16))
+    assert first[:2] == [x.data_ptr(), weight.data_ptr()]
+    assert second[: 1 + biased] == [first[-1], *([bias.data_ptr()] if biased else [])]
 
 
 def test_a_block_whose_router_is_large_is_made_of_parts(log):

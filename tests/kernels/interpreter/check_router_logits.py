@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from moe_inductor.kernels.configs import RouterPlan, router_plan
-from moe_inductor.kernels.router_logits import router_logits
+from moe_inductor.kernels.configs import RouterRows, RouterTiles, router_plan
 from moe_inductor.ops import cuda
 from moe_inductor.ops.block import Block
 from moe_inductor.ops.check import Call, Routing
+from tests.router_product import logits_by
 
 
 @pytest.mark.parametrize(
@@ -21,19 +21,25 @@ def test_against_linear(T, E, H, biased, poisoned_workspaces):
     )
     for plan in (
         router_plan(T, E, H, x.dtype),
-        RouterPlan(1, 64),
-        RouterPlan(4, 32),
-        RouterPlan(8, 512),
+        RouterRows(1, 64),
+        RouterRows(4, 32),
+        RouterRows(8, 512),
+        RouterTiles(16, 16, 1, 32),
+        RouterTiles(16, 32, 3, 64),
+        RouterTiles(32, 16, 16, 16),
     ):
-        got = router_logits(x, weight, bias, plan)
+        got = logits_by(plan, x, weight, bias)
         torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("T", [1, 5])
+@pytest.mark.parametrize(
+    ("T", "E", "H", "dtype"),
+    [(1, 6, 48, torch.float32), (5, 6, 48, torch.float32), (33, 20, 2000, torch.float16)],
+)
 @pytest.mark.parametrize("stored", ["", "dense", "strided", "expanded", "one for all"])
-def test_block_is_its_parts(T, stored, poisoned_workspaces):
+def test_block_is_its_parts(T, E, H, dtype, stored, poisoned_workspaces):
     """stored: how the router's bias is, if it has one."""
-    E, k, H, I = 6, 2, 48, 32
+    k, I = 2, 32
     router_bias = {
         "dense": 3 * torch.randn(E),
         "strided": (3 * torch.randn(2 * E))[::2],
