@@ -254,14 +254,14 @@ def _hopper_gate_up(problem: Problem, block_m: int) -> GemmConfig:
         k, stages = (256, 3) if tma else (128, 4)
         return GemmConfig(16, 32, k, num_warps=4, num_stages=stages, weights_by_tma=tma)
     if block_m == 32:
-        return GemmConfig(32, 64, 128, num_warps=4, num_stages=3, weights_by_tma=tma)
+        return GemmConfig(32, 64, 128, 4, 4, 3, tma)
     rows = _rows_per_expert(problem)
     if block_m == 64 and rows >= SOME_ROWS:
         return GemmConfig(64, 128, 64, 8, 8, 4, tma, persistent=tma, early=False)
     if block_m == 64:
         # Programs that walk the tiles, unless each step would have to make a descriptor for little arithmetic.
         persistent = tma and not problem.from_table
-        return GemmConfig(64, 64, 128 if persistent else 64, 8, 4, 4, tma, persistent)
+        return GemmConfig(64, 64, 128 if persistent else 64, 4, 4, 4, tma, persistent)
     if rows < FEW_ROWS:
         return GemmConfig(128, 128, 64, 4, 8, 4, tma, early=False)
     return GemmConfig(128, 128, 64, 8, 8, 4, tma, persistent=tma, early=False)
@@ -275,7 +275,7 @@ def _hopper_down(problem: Problem, block_m: int) -> GemmConfig:
     if block_m == 16:
         return GemmConfig(16, 64, 256, num_warps=4, num_stages=3, weights_by_tma=True)
     if block_m == 32:
-        return GemmConfig(32, 128, 128, 1, 4, 4 if tma else 3, tma, persistent=tma)
+        return GemmConfig(32, 128, 128, 4, 4, 4 if tma else 3, tma, persistent=tma)
     rows = _rows_per_expert(problem)
     if block_m == 64 and rows >= SOME_ROWS and problem.I >= 2048:  # gpt-oss's, not OLMoE's
         return GemmConfig(64, 256, 64, 8, 4, 4, tma, persistent=tma, early=False)
