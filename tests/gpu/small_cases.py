@@ -1,10 +1,11 @@
-"""One small call per regime, weight storage and alignment: what ``test_sanitizer.py`` runs under compute-sanitizer.
+"""Small calls, one per regime: what ``test_sanitizer.py`` runs under compute-sanitizer, a process for each of CASES.
 
 With ``PYTORCH_NO_CUDA_MEMORY_CACHING=1`` each tensor is an allocation of its own, so that a byte too far is seen.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import torch
@@ -21,6 +22,7 @@ E, K = 4, 2
 # Decode, then rows per expert of 4, 12, 32, 80, 128, 256, then more slots than one launch aligns.
 TOKENS = (1, 8, 24, 64, 160, 256, 512, 1100)
 SIZES = ((72, 40), (70, 36))  # the first can be read by TMA; neither is a multiple of a tile
+CASES = tuple(itertools.product(SIZES, ("stacked", "per expert, own memory")))
 
 
 def run(tokens: int, hidden: int, intermediate: int, storage: str) -> None:
@@ -47,14 +49,13 @@ def run(tokens: int, hidden: int, intermediate: int, storage: str) -> None:
     assert torch.equal(whole, cuda.fused_experts(*experts))
 
 
-def main() -> None:
-    for hidden, intermediate in SIZES:
-        for storage in ("stacked", "per expert, own memory"):
-            for tokens in [int(t) for t in sys.argv[1:]] or TOKENS:
-                run(tokens, hidden, intermediate, storage)
+def main(case: int) -> None:
+    hidden_and_intermediate, storage = CASES[case]
+    for tokens in TOKENS:
+        run(tokens, *hidden_and_intermediate, storage)
     torch.cuda.synchronize()
     print("all right")
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]))

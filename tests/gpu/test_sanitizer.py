@@ -11,6 +11,10 @@ import sys
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
+from tests.gpu.small_cases import CASES  # noqa: E402
+
 SANITIZER = shutil.which("compute-sanitizer") or shutil.which(
     "compute-sanitizer", path="/usr/local/cuda/bin"
 )
@@ -21,12 +25,13 @@ pytestmark = [
 ]
 
 
+@pytest.mark.parametrize("case", range(len(CASES)))
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_small_cases(tool):
+def test_small_cases(tool, case):
     assert SANITIZER is not None
     command = [SANITIZER, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
     done = subprocess.run(
-        [*command, sys.executable, "-m", "tests.gpu.small_cases"],
+        [*command, sys.executable, "-m", "tests.gpu.small_cases", str(case)],
         env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         cwd=pathlib.Path(__file__).parents[2],
         capture_output=True,
