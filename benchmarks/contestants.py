@@ -148,8 +148,9 @@ def quack(shape: Shape, weights: Weights) -> Block:
             )
         return out
 
-    # Its weighted sum is tuned once per H and k, at whatever T comes first.
-    block(make_inputs(shape, 2048, str(weights.gate_up.device), weights.gate_up.dtype)[0])
+    # Its weighted sum is tuned once per H and k, at whatever T comes first.  The cells' data must not depend on it.
+    with torch.random.fork_rng([weights.gate_up.device]):
+        block(make_inputs(shape, 2048, str(weights.gate_up.device), weights.gate_up.dtype)[0])
     return block
 
 

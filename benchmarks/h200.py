@@ -127,8 +127,10 @@ def main() -> None:
             if name in only:
                 try:
                     blocks[name] = build(shape, weights)
-                except ImportError as error:
-                    run["missing"][name] = str(error)
+                except (
+                    Exception
+                ) as error:  # an engine may tune its kernels here, on a torch it was not made for
+                    run["missing"][name] = f"{type(error).__name__}: {error}"
         blocks = {n: b for n, b in blocks.items() if n in only or n == "hf_eager"}
         for T in arguments.tokens:
             cell = measure(shape, T, weights, blocks, "hf_eager" in only)

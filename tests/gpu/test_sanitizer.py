@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests.gpu.small_cases import CASES  # noqa: E402
+from tests.gpu.small_cases import CASES
 
 SANITIZER = shutil.which("compute-sanitizer") or shutil.which(
     "compute-sanitizer", path="/usr/local/cuda/bin"
