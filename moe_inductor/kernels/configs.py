@@ -33,7 +33,7 @@ MAX_ROW_PRODUCTS, ROW_BYTES = 12e6, 2**14
 # In tiles: from how many tokens, up to how many, and up to what size it was faster than the other ways; how many
 # programs fill a GPU, and how few do not.
 MIN_TILE_TOKENS, MAX_TILE_TOKENS, MAX_TILE_PRODUCTS = 8, 1024, 1e9
-ROUTER_PROGRAMS, FEW_ROUTER_PROGRAMS = 128, 64
+ROUTER_PROGRAMS, FEW_ROUTER_PROGRAMS = 128, 48
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,8 @@ class GemmConfig:
 
     weights_by_tma: read the weights through a host TMA descriptor (needs ``Projection.tma_ready``).
     group_m: so many row blocks are walked per column of the weights.  Where an expert's two blocks fall into two
-        groups, its weights are read twice: rare in groups of 8, where there are few experts.
+        groups, its weights are read twice: rare in groups of 8, where there are few experts.  In groups of 1 all of
+        an expert's columns are walked before the next one's.
     persistent: one program per multiprocessor walks the tiles, in one flattened loop.
     early: start before the kernel before has ended, and let the next one do so (``early.py``).
     """
@@ -168,23 +169,28 @@ def router_plan(T: int, E: int, H: int, dtype: torch.dtype) -> RouterRows | Rout
 
 def _router_tiles(T: int, E: int, H: int) -> tuple[RouterTiles, int]:
     """The smallest tiles, and with them the most pieces of H, that do not make too many programs; and how many."""
-    block_t, block_e = 16, 16
-    pieces = min(16, -(-H // 128))
+    block_t, block_e, block_h = 16, 16, 128
+    blocks = -(-H // block_h)
+
+    def whole(pieces: int) -> int:
+        """At most so many pieces, each of as many whole blocks."""
+        return -(-blocks // -(-blocks // pieces))
 
     def programs() -> int:
         return -(-T // block_t) * -(-E // block_e) * pieces
 
+    pieces = whole(16)
     # Larger tiles read less: first of the weights, then of the tokens.  A piece more is read again by the routing.
     while programs() > ROUTER_PROGRAMS and block_t < min(64, T):
         block_t *= 2
     while programs() > ROUTER_PROGRAMS and block_e < min(32, E):
         block_e *= 2
     while programs() > ROUTER_PROGRAMS and pieces > 4:
-        pieces //= 2
+        pieces = whole(max(4, pieces // 2))
     while programs() > ROUTER_PROGRAMS and block_e < min(64, E):
         block_e *= 2
-    stages = 2 if 2 * 128 * pieces >= H else 3
-    return RouterTiles(block_t, block_e, pieces, num_stages=stages), programs()
+    stages = 2 if 2 * pieces >= blocks else 3
+    return RouterTiles(block_t, block_e, pieces, block_h, stages), programs()
 
 
 def _same_sums(problem: Problem) -> Problem:

@@ -7,7 +7,7 @@
     router_logits  T, E    model dtype  _router_logits  route
 
 A library's GEMM takes 4 to 8 us for so few columns, mostly starting and adding up pieces of H, and the kernel behind
-it cannot start early.  Here a program reads one expert's row whole, for up to 8 tokens.  Accumulated in fp32 and
+it cannot start early.  Here a program reads one expert's row whole, for up to 4 tokens.  Accumulated in fp32 and
 rounded once, as a GEMM does.
 """
 

@@ -1,10 +1,12 @@
 """Routing: ``router_logits [T, E] -> topk_weights [T, k], topk_ids [T, k]`` in one launch.
 
     array          shape   dtype           written by   read by
-    router_logits  T, E    bf16/fp16/fp32  caller       _route (or ``sums`` of router_pieces.py, and the bias)
+    router_logits  T, E    bf16/fp16/fp32  caller       _route
     bias           E       bf16/fp16/fp32  caller       _route
     topk_weights   T, k    weights_dtype   _route       combine / decode (through the caller)
     topk_ids       T, k    int64           _route       align / decode (through the caller)
+
+Or, instead of the logits, ``sums [pieces, T, E]`` of router_pieces.py and ``router_bias [E]``, which make them.
 
 Without a bias and without groups experts are ordered by their logit, not by their rounded score: the order is the
 same wherever the scores differ, and where they do not it does not depend on how exp rounds.  With them scores are

@@ -11,6 +11,8 @@ import sys
 import torch
 
 from moe_inductor.kernels.configs import RouterTiles, router_plan
+from moe_inductor.kernels.router_pieces import router_pieces
+from moe_inductor.kernels.routing import topk_routing as _topk_routing
 from moe_inductor.ops import cuda
 from moe_inductor.ops.block import Block
 from moe_inductor.ops.check import Call, Routing
@@ -41,7 +43,10 @@ def run(tokens: int, hidden: int, intermediate: int, storage: str) -> None:
     plan = router_plan(tokens, E, hidden, router.dtype)
     assert plan is not None
     tiles = RouterTiles(16, 16, 4, block_h=16)  # small blocks are not worth it, but must be right
-    assert torch.isfinite(logits_by(tiles, x, router)).all()
+    sums = router_pieces(x, router, tiles)
+    routed = _topk_routing(sums, K, True, torch.bfloat16, first=False, logits_dtype=torch.bfloat16)
+    wanted = cuda.topk_routing(logits_by(tiles, x, router), K, True, torch.bfloat16)
+    assert all(map(torch.equal, routed, wanted))
     routing = Routing(logits_by(plan, x, router), K, True, torch.bfloat16)
     topk_weights, topk_ids = cuda.topk_routing(*routing)
     experts = Call(x, topk_ids, topk_weights, *weights, "silu", torch.bfloat16)

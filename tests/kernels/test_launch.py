@@ -299,6 +299,36 @@ def test_a_router_in_pieces_is_repeated_too(biased, log):
     assert second[: 1 + biased] == [first[-1], *([bias.data_ptr()] if biased else [])]
 
 
+def test_another_number_of_tokens_is_not_another_specialisation_of_the_router(log):
+    """T, and what is a multiple of it, may be 1 or a multiple of 16 or not."""
+    weight = torch.randn(130, 2048).bfloat16()
+    seen = {}
+    for T in (48, 49):
+        x = torch.randn(T, 2048).bfloat16()
+        log.clear()
+        call = Call(**draw(T=T))
+        cuda.fused_moe(*Block.of(x, weight, None, Routing(x, K, True, torch.bfloat16), call))
+        seen[T] = [specialisation for *_, specialisation, _ in log[:2]]
+    assert seen[48] == seen[49]
+
+
+@pytest.mark.parametrize(("T", "H", "E"), [(1, 64, 8), (8, 2048, 64), (2, 10**6, E)])
+def test_only_the_first_kernel_of_a_call_waits_for_nobody(T, H, E, monkeypatch):
+    """``early.py``: it starts as launches do by themselves."""
+    first = []
+
+    def launch_(kernel, grid, *args, first_=first, **meta):
+        first_.append(meta.get("first", False))
+
+    for module in MODULES:
+        monkeypatch.setattr(module, "launch", launch_)
+    x, weight = torch.randn(T, H).bfloat16(), torch.randn(E, H).bfloat16()
+    routing = Routing(x, K, True, torch.bfloat16)
+    cuda.fused_moe(*Block.of(x, weight, None, routing, Call(**draw(T=T))))
+    assert first == [True] + [False] * (len(first) - 1)
+    assert len(first) >= 3
+
+
 def test_a_block_whose_router_is_large_is_made_of_parts(log):
     call = draw(T=2)
     weight = torch.randn(E, 10**6).bfloat16()
