@@ -99,7 +99,10 @@ class RouterRows:
 
 @dataclasses.dataclass(frozen=True)
 class RouterTiles:
-    """The router's product on tensor cores, H in so many pieces, which the routing kernel adds up."""
+    """The router's product on tensor cores, H in ``pieces``, which the routing kernel adds up.
+
+    A piece is whole blocks of ``block_h``, so there are fewer pieces where H has not as many blocks.
+    """
 
     block_t: int
     block_e: int

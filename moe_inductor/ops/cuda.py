@@ -173,8 +173,9 @@ def _fused_moe(call: Block, experts: _Experts) -> list[torch.Tensor]:
     x, weight, bias = call[:3]
     E, H = weight.shape
     plan = router_plan(x.shape[0], E, H, x.dtype) if x.dtype in DTYPES else None
-    rows = x.dtype == weight.dtype and x.stride(1) == weight.stride(1) == 1
-    dense = bias is None or (bias.shape == (E,) and bias.stride(0) == 1)
+    # What the kernels do not take goes to the library, which takes it or raises.
+    rows = (x.dtype, x.shape[1]) == (weight.dtype, H) and x.stride(1) == weight.stride(1) == 1
+    dense = bias is None or ((bias.dtype, bias.shape) == (x.dtype, (E,)) and bias.stride(0) == 1)
     if plan is None or not rows or not dense or x.shape[0] == 0:
         topk_weights, topk_ids = topk_routing(F.linear(x, weight, bias), *call.routing)
         return [fused_experts(call.hidden_states, topk_ids, topk_weights, *call.experts)]

@@ -329,6 +329,21 @@ def test_only_the_first_kernel_of_a_call_waits_for_nobody(T, H, E, monkeypatch):
     assert len(first) >= 3
 
 
+@pytest.mark.parametrize("T", [1, 8])
+@pytest.mark.parametrize("wrong", ["another H", "another dtype of the bias"])
+def test_a_router_that_does_not_fit_is_an_error(T, wrong, log):
+    x, weight = torch.randn(T, 2048).bfloat16(), torch.randn(64, 2048).bfloat16()
+    bias = None
+    if wrong == "another H":
+        weight = weight[:, :1024]
+    else:
+        bias = torch.randn(64)
+    routing = Routing(x, K, True, torch.bfloat16)
+    with pytest.raises(RuntimeError):
+        cuda.fused_moe(*Block.of(x, weight, bias, routing, Call(**draw(T=T))))
+    assert not log
+
+
 def test_a_block_whose_router_is_large_is_made_of_parts(log):
     call = draw(T=2)
     weight = torch.randn(E, 10**6).bfloat16()
@@ -340,7 +355,12 @@ def test_a_block_whose_router_is_large_is_made_of_parts(log):
 
 
 def test_facts_of_the_routing_make_another_program(log):
-    for facts in ({}, {"scale": 2.0}, {"score": "sigmoid"}, {"bias": torch.randn(E)}) * 2:
+    for facts in (
+        {},
+        {"scale": 2.0},
+        {"score": "sigmoid"},
+        {"bias": torch.randn(E).bfloat16()},
+    ) * 2:
         cuda.fused_moe(*block(draw(), **facts))
     assert len(cuda._PROGRAMS) == 4
 
