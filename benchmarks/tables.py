@@ -273,6 +273,37 @@ def render_graphs(run: dict[str, Any]) -> list[str]:
     ]
 
 
+def render_layouts(run: dict[str, Any]) -> list[str]:
+    rows: dict[str, dict[int, dict[str, float]]] = {}
+    for one in run["storages"]:
+        row = rows.setdefault(one["storage"], {})
+        row.setdefault(one["T"], {})[one["shape"]] = one["us"] / one["stacked_us"]
+    tokens = sorted({T for row in rows.values() for T in row})
+
+    def of(ratios: dict[str, float]) -> str:
+        worst = max(ratios, key=ratios.__getitem__)
+        return f"{geomean(ratios.values()):.2f} ({worst} {ratios[worst]:.2f})"
+
+    shapes = dict.fromkeys(one["shape"] for one in run["storages"])
+    return [
+        f"{run['gpu']}, torch {run['torch']}, Triton {run['triton']}, {run['dtype']}, {run['date']}."
+        f" `{run['command'].split(' --out')[0]}`",
+        "",
+        f"Time of a block ({', '.join(shapes)}) whose experts are stored otherwise, divided by that of stacked"
+        " `[E, 2I, H]` and `[E, H, I]`, side by side: geometric mean, and the worst shape. gpt-oss stores"
+        " *[in, out], interleaved*, Llama 4 *[in, out]*; a `ModuleList` of three linear layers is *list, separate*.",
+        "",
+        *([run["note"], ""] if "note" in run else []),
+        *table(
+            ["experts stored as", *(f"T = {T}" for T in tokens)],
+            [
+                [name, *(of(row[T]) if T in row else "" for T in tokens)]
+                for name, row in rows.items()
+            ],
+        ),
+    ]
+
+
 def render_capture(run: dict[str, Any]) -> list[str]:
     rows = []
     for cell in run["cells"]:
@@ -356,6 +387,8 @@ def render_any(run: dict[str, Any]) -> list[str]:
         return render_compiled(run)
     if "blocks" in run:
         return render_graphs(run)
+    if "storages" in run:
+        return render_layouts(run)
     return render_capture(run) if "threads" in run else render(run)
 
 

@@ -35,7 +35,7 @@ def expert_address(
     fall back to narrow loads.  The expert offset is int64: E * 2I * H passes 2**31 for large models.
     """
     if FROM_TABLE:
-        address = tl.load(weight_ptr + expert).to(tl.pointer_type(ELEMENT))
+        address = tl.load(weight_ptr + 2 * expert).to(tl.pointer_type(ELEMENT))
         return tl.multiple_of(address, ALIGNMENT)
     else:
         return weight_ptr + expert.to(tl.int64) * stride_expert
@@ -49,17 +49,21 @@ def load_bias(bias_ptr, expert, rows, columns, used):
 
 
 @triton.jit
-def load_biases(gate_bias_ptr, up_bias_ptr, expert, columns, I, used, LAYOUT: tl.constexpr):
-    """Biases of the gate columns and of the up columns, from wherever ``LAYOUT`` has them."""
+def load_biases(
+    gate_bias_ptr, up_bias_ptr, expert, column, I, BLOCK_N: tl.constexpr, LAYOUT: tl.constexpr
+):
+    """Biases of BLOCK_N gate columns from ``column`` on, and of the up columns, from wherever ``LAYOUT`` has them."""
+    columns = column + tl.arange(0, BLOCK_N)
     if LAYOUT == "interleaved":
-        gate = load_bias(gate_bias_ptr, expert, 2 * I, 2 * columns, used)
-        up = load_bias(gate_bias_ptr, expert, 2 * I, 2 * columns + 1, used)
+        pairs = 2 * column + tl.arange(0, 2 * BLOCK_N)
+        both = load_bias(gate_bias_ptr, expert, 2 * I, pairs, pairs < 2 * I)
+        gate, up = tl.split(tl.reshape(both, (BLOCK_N, 2)))
     elif LAYOUT == "concatenated":
-        gate = load_bias(gate_bias_ptr, expert, 2 * I, columns, used)
-        up = load_bias(gate_bias_ptr, expert, 2 * I, I + columns, used)
+        gate = load_bias(gate_bias_ptr, expert, 2 * I, columns, columns < I)
+        up = load_bias(gate_bias_ptr, expert, 2 * I, I + columns, columns < I)
     else:
-        gate = load_bias(gate_bias_ptr, expert, I, columns, used)
+        gate = load_bias(gate_bias_ptr, expert, I, columns, columns < I)
         up = gate
         if LAYOUT == "separate":
-            up = load_bias(up_bias_ptr, expert, I, columns, used)
+            up = load_bias(up_bias_ptr, expert, I, columns, columns < I)
     return gate, up

@@ -17,6 +17,8 @@ import torch
 
 # Reading this much costs about as much as the two launches that decode saves (3.5 us on an H200).
 DECODE_REPEATED_BYTES = 16e6
+# So many programs of a GEMV keep an H200's memory busy.
+DECODE_PROGRAMS = 256
 # Rows per expert.  Up to SOME_ROWS they fit in a tile of 64, on the average; from there on an early start costs the
 # GEMMs more than it gains.  Below FEW_ROWS reading the weights is the cost, and small experts are better off with
 # tiles of 64 too; from there on programs walk the tiles of 128.
@@ -116,8 +118,8 @@ class Problem:
     """Everything a plan may depend on.
 
     unit_stride: the input dimension of every weight is contiguous.
-    gate_up_tma, down_tma: the weights' layout allows TMA descriptors (gate/up only when concatenated).
-    from_table: the weights are read through a pointer table.
+    gate_up_tma, down_tma: the weights' layout allows TMA descriptors.
+    one_product: gate and up come as one tile by TMA, and one product makes both.
     batch_invariant: the bits of a token's output must not depend on which other tokens there are.
     """
 
@@ -131,7 +133,7 @@ class Problem:
     unit_stride: bool = True
     gate_up_tma: bool = False
     down_tma: bool = False
-    from_table: bool = False
+    one_product: bool = True
     batch_invariant: bool = False
 
     @property
@@ -152,7 +154,7 @@ def choose_plan(problem: Problem) -> Plan:
     if problem.dtype == torch.float32:
         gemm = GemmConfig(min(block_m, 64), 32, 32, group_m=4, num_warps=4, num_stages=2)
         return GroupedPlan(gemm, gemm)
-    if not problem.has_large_shared_memory or not problem.unit_stride:
+    if not problem.has_large_shared_memory:
         return _portable_plan(block_m)
     return GroupedPlan(_hopper_gate_up(problem, block_m), _hopper_down(problem, block_m))
 
@@ -218,8 +220,7 @@ def _few_experts_hit_twice(problem: Problem) -> bool:
 
 def _decode_plan(problem: Problem) -> DecodePlan:
     if not problem.unit_stride:
-        # Neighbouring outputs are neighbours in memory: make the tile long that way.
-        return DecodePlan(GemvConfig(64, 32), GemvConfig(64, 16))
+        return DecodePlan(_transposed_gate_up(problem), _transposed_down(problem))
     # The down tile holds all experts of a token (up to 8): the more there are, the fewer rows of each.
     down = {1: (8, 512), 2: (4, 256), 3: (2, 512), 4: (2, 512)}.get(problem.k, (1, 256))
     if problem.k > 4 and problem.T == 1 and problem.I < 2048:
@@ -228,6 +229,24 @@ def _decode_plan(problem: Problem) -> DecodePlan:
         GemvConfig(block_n=8, block_k=512, num_warps=4, num_stages=3),
         GemvConfig(*down, num_warps=4, num_stages=3),
     )
+
+
+def _transposed_gate_up(problem: Problem) -> GemvConfig:
+    """Stored ``[in, out]``, neighbouring columns are neighbours in memory: as many as leave programs for every
+    multiprocessor; of interleaved pairs half as many are as long."""
+    for columns, block_k in ((64, 64), (32, 128)):
+        programs = problem.slots * problem.I // columns
+        if programs >= DECODE_PROGRAMS and not (problem.one_product and columns == 64):
+            return GemvConfig(columns, block_k, num_warps=4, num_stages=3)
+    return GemvConfig(16, 128, num_warps=2, num_stages=4)
+
+
+def _transposed_down(problem: Problem) -> GemvConfig:
+    if problem.k > 4:
+        small = GemvConfig(16, 32, num_warps=2, num_stages=4)
+        return small if problem.H <= 4096 else GemvConfig(32, 16, num_warps=2, num_stages=4)
+    experts = 1 << (problem.k - 1).bit_length()
+    return GemvConfig(32, 512 // experts, num_warps=8, num_stages=3)
 
 
 def _rows_per_expert(problem: Problem) -> float:
@@ -252,32 +271,37 @@ def _portable_plan(block_m: int) -> GroupedPlan:
     )
 
 
-def _tma_pays(problem: Problem, block_m: int) -> bool:
-    # A table's descriptors are made on the device, once per tile: worth it where a tile is much arithmetic.
-    return block_m >= 64 or not problem.from_table
-
-
 def _hopper_gate_up(problem: Problem, block_m: int) -> GemmConfig:
-    tma = problem.gate_up_tma and _tma_pays(problem, block_m)
+    tma = problem.gate_up_tma
+    if not tma and not problem.unit_stride:
+        return _portable_plan(block_m).gate_up
+    transposed = tma and not problem.unit_stride
+    if block_m == 16 and transposed and not problem.one_product:
+        # Columns are brought a cache line at a time, of gate and of up.
+        return GemmConfig(16, 64, 128, num_warps=4, num_stages=3, weights_by_tma=True)
     if block_m == 16:
         k, stages = (256, 3) if tma else (128, 4)
         return GemmConfig(16, 32, k, num_warps=4, num_stages=stages, weights_by_tma=tma)
+    if block_m == 32 and transposed:  # twice as deep, it would spill
+        return GemmConfig(32, 64, 64, 4, 4, 6, weights_by_tma=True)
     if block_m == 32:
         return GemmConfig(32, 64, 128, 4, 4, 3, tma)
     rows = _rows_per_expert(problem)
+    # In a flattened loop, ptxas makes two products wait for each other (30 % slower).
+    persistent = tma and problem.one_product
     if block_m == 64 and rows >= SOME_ROWS:
-        return GemmConfig(64, 128, 64, 8, 8, 4, tma, persistent=tma, early=False)
+        return GemmConfig(64, 128, 64, 8, 8, 4, tma, persistent, early=False)
     if block_m == 64:
-        # Programs that walk the tiles, unless each step would have to make a descriptor for little arithmetic.
-        persistent = tma and not problem.from_table
-        return GemmConfig(64, 64, 128 if persistent else 64, 4, 4, 4, tma, persistent)
+        return GemmConfig(64, 64, 128 if tma else 64, 4, 4, 4, tma, persistent)
     if rows < FEW_ROWS:
         return GemmConfig(128, 128, 64, 4, 8, 4, tma, early=False)
-    return GemmConfig(128, 128, 64, 8, 8, 4, tma, persistent=tma, early=False)
+    return GemmConfig(128, 128, 64, 8, 8, 4, tma, persistent, early=False)
 
 
 def _hopper_down(problem: Problem, block_m: int) -> GemmConfig:
-    tma = problem.down_tma and _tma_pays(problem, block_m)
+    tma = problem.down_tma
+    if not tma and not problem.unit_stride:
+        return _portable_plan(block_m).down
     if block_m == 16 and not tma:
         k = 256 if problem.I >= DEEP else 128
         return GemmConfig(16, 64, k, num_warps=4, num_stages=4)

@@ -73,41 +73,49 @@ def _decode_gate_up(
     expert = tl.where(valid, expert, 0)
     length = tl.where(valid, H, 0)
     ELEMENT: tl.constexpr = hidden_states_ptr.dtype.element_ty
+    # Interleaved gate and up are read as what they are, neighbours, and parted when they are summed.
+    PAIRS: tl.constexpr = LAYOUT == "interleaved"
+    TWO: tl.constexpr = LAYOUT == "concatenated" or LAYOUT == "separate"
+    ROWS: tl.constexpr = 2 * BLOCK_N if PAIRS else BLOCK_N
     gate_base = expert_address(gate_ptr, expert, stride_expert, ELEMENT, FROM_TABLE, ALIGNMENT)
-    if LAYOUT == "concatenated" or LAYOUT == "interleaved":
-        up_base = gate_base + up_offset
-    else:
+    if LAYOUT == "separate":
         up_base = expert_address(up_ptr, expert, up_stride_expert, ELEMENT, FROM_TABLE, ALIGNMENT)
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    column_used = (columns < I)[:, None]
+    else:
+        up_base = gate_base + up_offset
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row_used = (rows < (2 * I if PAIRS else I))[:, None]
     ks = tl.arange(0, BLOCK_K)
-    wide = columns.to(tl.int64)[:, None]
+    wide = rows.to(tl.int64)[:, None]
     gate_ptrs = gate_base + wide * stride_out + ks[None, :] * stride_in
     up_ptrs = up_base + wide * up_stride_out + ks[None, :] * up_stride_in
     x_ptrs = hidden_states_ptr + (slot // K).to(tl.int64) * stride_token + ks
-    gate = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    up = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    gate = tl.zeros((ROWS, BLOCK_K), tl.float32)
+    up = tl.zeros((ROWS, BLOCK_K), tl.float32)
     for start in tl.range(0, length, BLOCK_K, num_stages=NUM_STAGES):
         inside = ks < length - start
-        used = column_used & inside[None, :]
+        used = row_used & inside[None, :]
         if EVEN_K and EVEN_N:
             w_gate = tl.load(gate_ptrs, eviction_policy="evict_first")
-            if LAYOUT != "plain":
+            if TWO:
                 w_up = tl.load(up_ptrs, eviction_policy="evict_first")
         else:
             w_gate = tl.load(gate_ptrs, mask=used, other=0.0, eviction_policy="evict_first")
-            if LAYOUT != "plain":
+            if TWO:
                 w_up = tl.load(up_ptrs, mask=used, other=0.0, eviction_policy="evict_first")
         x = tl.load(x_ptrs) if EVEN_K else tl.load(x_ptrs, mask=inside, other=0.0)
         x = x.to(tl.float32)[None, :]
         gate += w_gate.to(tl.float32) * x
-        if LAYOUT != "plain":
+        if TWO:
             up += w_up.to(tl.float32) * x
         gate_ptrs += BLOCK_K * stride_in
         up_ptrs += BLOCK_K * up_stride_in
         x_ptrs += BLOCK_K
     next_may_begin(EARLY)
-    gate_row, up_row = tl.sum(gate, 1), tl.sum(up, 1)
+    if PAIRS:
+        gate_row, up_row = tl.split(tl.reshape(tl.sum(gate, 1), (BLOCK_N, 2)))
+    else:
+        gate_row, up_row = tl.sum(gate, 1), tl.sum(up, 1)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     if topk_weights_ptr is not None:
         scale = tl.load(topk_weights_ptr + slot).to(tl.float32)
         gate_row *= scale
@@ -115,7 +123,7 @@ def _decode_gate_up(
     if gate_bias_ptr is not None:
         # For an id outside [0, E) these are expert 0's; _decode_down does not read such a row.
         gate_bias, up_bias = load_biases(
-            gate_bias_ptr, up_bias_ptr, expert, columns, I, columns < I, LAYOUT
+            gate_bias_ptr, up_bias_ptr, expert, tl.program_id(0) * BLOCK_N, I, BLOCK_N, LAYOUT
         )
         gate_row += gate_bias
         up_row += up_bias
@@ -230,7 +238,7 @@ def decode_gate_up(
     T, H = hidden_states.shape
     k = topk_ids.shape[1]
     I = intermediate_size
-    strides, up_offset = gate.halves
+    strides = gate.strides
     launch(
         _decode_gate_up,
         (triton.cdiv(I, config.block_n), T * k),
@@ -248,7 +256,7 @@ def decode_gate_up(
         hidden_states.stride(0),
         *strides,
         *(up.strides if up else strides),
-        up_offset,
+        I * gate.stride_out,  # where it holds both, one after the other
         intermediate.stride(0),
         K=k,
         ACTIVATION=unit.text,

@@ -22,10 +22,11 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .align import Alignment
+from .box import box_of, expert_place, load_columns
 from .common import expert_address, load_bias, tile_order
 from .configs import GemmConfig
 from .early import begin, next_may_begin
-from .launch import allow_device_descriptors, launch
+from .launch import launch
 from .weights import Projection
 
 
@@ -52,6 +53,7 @@ def _down_tile(
     FROM_TABLE: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     USE_BOX: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -65,20 +67,11 @@ def _down_tile(
     columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if USE_BOX:
-        if FROM_TABLE:
-            address = expert_address(
-                weight_ptr, expert, 0, intermediate_ptr.dtype.element_ty, FROM_TABLE, 16
-            )
-            own_box = tl.make_tensor_descriptor(
-                address, [H, I], [stride_out, 1], [BLOCK_N, BLOCK_K]
-            )
+        place = expert_place(weight_ptr, expert, FROM_TABLE)
         for start in tl.range(0, I, BLOCK_K, num_stages=NUM_STAGES):
             a = intermediate_box.load([m * BLOCK_M, start])
-            if FROM_TABLE:
-                w = own_box.load([n * BLOCK_N, start])
-            else:
-                w = weight_box.load([expert, n * BLOCK_N, start]).reshape(BLOCK_N, BLOCK_K)
-            acc = tl.dot(a, w.T, acc)
+            w = load_columns(weight_box, place, n * BLOCK_N, start, BLOCK_N, BLOCK_K, TRANSPOSED)
+            acc = tl.dot(a, w, acc)
     else:
         ks = tl.arange(0, BLOCK_K)
         a_ptrs = intermediate_ptr + rows.to(tl.int64)[:, None] * stride_intermediate + ks[None, :]
@@ -141,6 +134,7 @@ def _down(
     FROM_TABLE: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     USE_BOX: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -181,6 +175,7 @@ def _down(
             FROM_TABLE,
             ALIGNMENT,
             USE_BOX,
+            TRANSPOSED,
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
@@ -214,15 +209,7 @@ def down(
             [intermediate.stride(0), 1],
             [block_m, block_k],
         )
-        if weight.from_table:
-            allow_device_descriptors()
-        else:
-            weight_box = TensorDescriptor(
-                weight.storage,
-                list(weight.storage.shape),
-                list(weight.storage.stride()),
-                [1, block_n, block_k],
-            )
+        weight_box = box_of(weight, block_n, block_k)
     tiles = alignment.expert_ids.shape[0] * triton.cdiv(H, block_n)
     launch(
         _down,
@@ -243,6 +230,7 @@ def down(
         FROM_TABLE=weight.from_table,
         ALIGNMENT=weight.alignment,
         USE_BOX=config.weights_by_tma,
+        TRANSPOSED=config.weights_by_tma and weight.transposed,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,

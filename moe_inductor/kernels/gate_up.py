@@ -12,12 +12,13 @@
 ``intermediate[r] = unit(gate_e x, up_e x)`` for the token x in sorted row r.  Rows of padding are not written.
 A routing weight on the input scales the two products instead: ``W (w x) = w (W x)``.
 
-LAYOUT is "concatenated", "interleaved", "separate" or, without a gate, "plain".  Two ways to read the weights:
-* pointers: any strides, stacked or through a pointer table, two accumulators;
-* box: concatenated stacked weights seen as ``[E, 2, I, H]``, one 4-D TMA box ``[1, 2, BLOCK_N, BLOCK_K]`` brings
-  the gate and the up rows of the same columns as one tile, so there is one wgmma of N = 2 * BLOCK_N and the two
-  halves are split in registers.  Plain weights are ``[E, 1, I, H]``.  With a pointer table the kernel makes a
-  descriptor of ``[2, I, H]`` per tile.
+LAYOUT is "concatenated", "interleaved", "separate" or, without a gate, "plain".  Two ways to read the weights, stacked
+or through a pointer table:
+* pointers: any strides, two accumulators;
+* boxes (box.py), where one dimension of a matrix is contiguous.  If a box can bring the gate and the up rows of the
+  same columns, there is one wgmma of N = 2 * BLOCK_N, and the two parts are split in registers: neighbours if they are
+  interleaved, halves if they are concatenated (not if they are stored ``[H, 2I]``).  Else there are two boxes and two
+  wgmmas.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_inductor.unit import Unit
 
 from .align import Alignment
+from .box import box_of, expert_place, load_columns, load_halves
 from .common import expert_address, load_biases, tile_order
 from .configs import GemmConfig
 from .early import begin, next_may_begin
-from .launch import allow_device_descriptors, launch
+from .launch import launch
 from .unit import evaluate
-from .weights import Projection, layout_of
+from .weights import Projection, has_one_product, layout_of
 
 
 @triton.jit
@@ -118,18 +119,20 @@ def _multiply_pointers(
 
 
 @triton.jit
-def _multiply_box(
+def _multiply_boxes(
     a_ptrs,
     row_used,
-    box,
+    gate_box,
+    up_box,
     gate_ptr,
+    up_ptr,
     expert,
-    first_column,
+    column,
     H,
     I,
-    stride_out,
-    up_offset,
     LAYOUT: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    TWO: tl.constexpr,
     FROM_TABLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -137,32 +140,35 @@ def _multiply_box(
     EVEN_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    PARTS: tl.constexpr = 2 if LAYOUT == "concatenated" else 1
-    if FROM_TABLE:
-        address = expert_address(gate_ptr, expert, 0, a_ptrs.dtype.element_ty, FROM_TABLE, 16)
-        own_box = tl.make_tensor_descriptor(
-            address,
-            [PARTS, I, H],
-            [up_offset, stride_out, 1],
-            [PARTS, BLOCK_N, BLOCK_K],
-        )
+    place = expert_place(gate_ptr, expert, FROM_TABLE)
     ks = tl.arange(0, BLOCK_K)
-    both = tl.zeros((BLOCK_M, PARTS * BLOCK_N), tl.float32)
+    COLUMNS: tl.constexpr = BLOCK_N if LAYOUT == "plain" or TWO else 2 * BLOCK_N
+    gate = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
+    up = gate
+    if LAYOUT == "separate":
+        up_place, up_column = expert_place(up_ptr, expert, FROM_TABLE), column
+    else:
+        up_place, up_column = place, I + column
+    if LAYOUT == "interleaved":
+        column *= 2
     for start in tl.range(0, H, BLOCK_K, num_stages=NUM_STAGES):
         if EVEN_K:
             a = tl.load(a_ptrs, mask=row_used[:, None], other=0.0)
         else:
             a = tl.load(a_ptrs, mask=row_used[:, None] & (ks < H - start)[None, :], other=0.0)
-        if FROM_TABLE:  # noqa: SIM108 (own_box exists only here)
-            w = own_box.load([0, first_column, start])
+        if LAYOUT == "concatenated" and not TWO:
+            w = load_halves(gate_box, place, column, start, COLUMNS, BLOCK_K)
         else:
-            w = box.load([expert, 0, first_column, start])
-        both = tl.dot(a, w.reshape(PARTS * BLOCK_N, BLOCK_K).T, both)
+            w = load_columns(gate_box, place, column, start, COLUMNS, BLOCK_K, TRANSPOSED)
+        gate = tl.dot(a, w, gate)
+        if TWO:
+            w_up = load_columns(up_box, up_place, up_column, start, COLUMNS, BLOCK_K, TRANSPOSED)
+            up = tl.dot(a, w_up, up)
         a_ptrs += BLOCK_K
-    if LAYOUT == "concatenated":
-        gate, up = tl.split(tl.permute(tl.reshape(both, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
-    else:
-        gate, up = both, both
+    if LAYOUT == "interleaved":
+        gate, up = tl.split(tl.reshape(gate, (BLOCK_M, BLOCK_N, 2)))
+    elif LAYOUT == "concatenated" and not TWO:
+        gate, up = tl.split(tl.permute(tl.reshape(gate, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
     return gate, up
 
 
@@ -176,7 +182,8 @@ def _gate_up_tile(
     gate_bias_ptr,
     up_bias_ptr,
     topk_weights_ptr,
-    box,
+    gate_box,
+    up_box,
     intermediate_ptr,
     sorted_token_ids_ptr,
     expert_ids_ptr,
@@ -199,6 +206,8 @@ def _gate_up_tile(
     FROM_TABLE: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     USE_BOX: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    TWO: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -215,18 +224,20 @@ def _gate_up_tile(
     columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
     a_ptrs = hidden_states_ptr + tokens[:, None] * stride_token + tl.arange(0, BLOCK_K)[None, :]
     if USE_BOX:
-        gate, up = _multiply_box(
+        gate, up = _multiply_boxes(
             a_ptrs,
             row_used,
-            box,
+            gate_box,
+            up_box,
             gate_ptr,
+            up_ptr,
             expert,
             n * BLOCK_N,
             H,
             I,
-            stride_out,
-            up_offset,
             LAYOUT,
+            TRANSPOSED,
+            TWO,
             FROM_TABLE,
             BLOCK_M,
             BLOCK_N,
@@ -269,7 +280,7 @@ def _gate_up_tile(
         up *= scale[:, None]
     if gate_bias_ptr is not None:
         gate_bias, up_bias = load_biases(
-            gate_bias_ptr, up_bias_ptr, expert, columns, I, columns < I, LAYOUT
+            gate_bias_ptr, up_bias_ptr, expert, n * BLOCK_N, I, BLOCK_N, LAYOUT
         )
         gate += gate_bias[None, :]
         up += up_bias[None, :]
@@ -290,7 +301,8 @@ def _gate_up(
     gate_bias_ptr,
     up_bias_ptr,
     topk_weights_ptr,
-    box,
+    gate_box,
+    up_box,
     intermediate_ptr,
     sorted_token_ids_ptr,
     expert_ids_ptr,
@@ -314,6 +326,8 @@ def _gate_up(
     FROM_TABLE: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     USE_BOX: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    TWO: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -341,7 +355,8 @@ def _gate_up(
             gate_bias_ptr,
             up_bias_ptr,
             topk_weights_ptr,
-            box,
+            gate_box,
+            up_box,
             intermediate_ptr,
             sorted_token_ids_ptr,
             expert_ids_ptr,
@@ -364,6 +379,8 @@ def _gate_up(
             FROM_TABLE,
             ALIGNMENT,
             USE_BOX,
+            TRANSPOSED,
+            TWO,
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
@@ -396,19 +413,13 @@ def gate_up(
     layout = layout_of(gate, up, unit)
     strides, up_offset = gate.halves
     block_n, block_k = config.block_n, config.block_k
-    box = None
-    if config.weights_by_tma and gate.from_table:
-        allow_device_descriptors()
-    elif config.weights_by_tma:
-        stacked = gate.storage
-        stride_e, stride_out, _ = stacked.stride()
-        parts = 2 if layout == "concatenated" else 1
-        box = TensorDescriptor(
-            stacked,
-            [stacked.shape[0], parts, I, H],
-            [stride_e, I * stride_out, stride_out, 1],
-            [1, parts, block_n, block_k],
-        )
+    two = not has_one_product(layout, gate)
+    gate_box = up_box = None
+    if config.weights_by_tma:
+        halves = layout == "concatenated" and not two
+        columns = 2 * block_n if halves or layout == "interleaved" else block_n
+        gate_box = box_of(gate, columns, block_k, halves)
+        up_box = box_of(up, columns, block_k) if up else gate_box
     tiles = alignment.expert_ids.shape[0] * triton.cdiv(I, block_n)
     launch(
         _gate_up,
@@ -419,7 +430,8 @@ def gate_up(
         gate.bias,
         up.bias if up else None,
         input_weights,
-        box,
+        gate_box,
+        up_box,
         intermediate,
         *alignment,
         T * k,
@@ -437,6 +449,8 @@ def gate_up(
         FROM_TABLE=gate.from_table,
         ALIGNMENT=min(gate.alignment, (up or gate).alignment),
         USE_BOX=config.weights_by_tma,
+        TRANSPOSED=config.weights_by_tma and gate.transposed,
+        TWO=config.weights_by_tma and two,
         BLOCK_M=config.block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,

@@ -32,18 +32,6 @@ ALIGNMENT = 16  # what Triton specialises addresses on
 SCRATCH_ALIGNMENT = 256
 
 
-def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
-    return torch.empty(size, dtype=torch.int8, device="cuda")
-
-
-def allow_device_descriptors() -> None:
-    """Call before launching a kernel that makes TMA descriptors: Triton asks this allocator where to put them.
-
-    The setting belongs to the current context (thread), so it is made for every launch; it costs 0.1 us.
-    """
-    triton.set_allocator(_allocate)
-
-
 @dataclasses.dataclass
 class _Step:
     compiled: Any  # triton's CompiledKernel
@@ -163,7 +151,6 @@ class Program:
             places[id(tensor)] = f"address_{last} + {self.scratch_bytes}"
             size = math.prod(tensor.shape) * tensor.dtype.itemsize
             self.scratch_bytes += -(-size // SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
-        self.device_descriptors = any(_makes_descriptors(step.compiled) for step in steps)
         self.run = _generate(steps, places, last + bool(self.scratch_bytes))
 
     @staticmethod
@@ -202,8 +189,6 @@ class Program:
         for address in fresh:
             if address % ALIGNMENT:
                 return None
-        if self.device_descriptors:
-            allow_device_descriptors()
         self.run(self.current_stream(self.device.index), *addresses, *fresh)
         return results
 
@@ -211,10 +196,6 @@ class Program:
 def _is_plain(tensor: torch.Tensor) -> bool:
     touched = not tensor.is_inference() and tensor._version > 0  # by an operator in place
     return tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0 and not touched
-
-
-def _makes_descriptors(compiled: Any) -> bool:
-    return getattr(compiled.metadata, "global_scratch_size", 0) > 0
 
 
 def _generate(

@@ -7,8 +7,6 @@ Nothing here copies a weight matrix.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,7 +14,7 @@ import torch
 
 from moe_inductor.unit import Unit
 
-from .pointer_table import pointer_table
+from .pointer_table import MAX_PLACE, pointer_table
 
 
 def _three(sizes: Sequence[int]) -> tuple[int, int, int]:
@@ -31,35 +29,46 @@ def stacked_bias(biases: Sequence[torch.Tensor]) -> torch.Tensor | None:
     return biases[0].contiguous() if biases[0].dim() == 2 else torch.stack(list(biases))
 
 
-class Stored(NamedTuple):
-    """What kernels read a projection's weights from: the stacked tensor, or a pointer table.
+class Listed(NamedTuple):
+    """What a table does not show of a list.  step, alignment: see ``pointer_table.Span``; the rest of each tensor."""
 
-    of_list: what its table does not show of a list: length, alignment of the addresses, and of each tensor the
-    shape, the strides and the dtype.
+    number: int
+    step: int
+    alignment: int
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Stored(NamedTuple):
+    """What kernels read a projection's weights from: the stacked tensor, or the pointer table of a list.
+
+    lowest: of a list, the tensor with the lowest address.
     """
 
     tensor: torch.Tensor
-    of_list: tuple[int, int, torch.Size, tuple[int, ...], torch.dtype] | None
+    lowest: torch.Tensor | None
+    of_list: Listed | None
 
     @staticmethod
     def of(tensors: Sequence[torch.Tensor]) -> Stored:
         first = tensors[0]
         if first.dim() == 3:
-            return Stored(first, None)
+            return Stored(first, None, None)
         strides = first.stride()
         if [tensor.stride() for tensor in tensors].count(strides) != len(tensors):
             raise ValueError("the weights of one projection differ in strides between experts")
-        addresses = [tensor.data_ptr() for tensor in tensors]
-        aligned = functools.reduce(operator.or_, addresses) % 16 == 0
-        alignment = 16 if aligned else first.element_size()
-        table = pointer_table(tensors, addresses)
-        return Stored(table, (len(tensors), alignment, first.shape, strides, first.dtype))
+        table, span = pointer_table(tensors)
+        known = len(tensors), span.step, span.alignment, first.shape, strides, first.dtype
+        return Stored(table, tensors[span.lowest], Listed(*known))
 
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
-    """storage: the ``[E, out, in]`` weight itself, or the int64 table of per-expert addresses.
+    """storage: the ``[E, out, in]`` weight itself, or the int64 table of per-expert addresses and places.
 
+    base, places, step: a TMA descriptor's first dimension, of which an expert is one index (of a list, its place):
+        where it begins, its length, and its stride in bytes.
     alignment: bytes that every table entry is a multiple of (16 for a stacked tensor, where it is not used).
     bias: ``[E, out]``, dense; None where there is none.
     interleaved: rows are gate, up, gate, up, ...
@@ -67,6 +76,9 @@ class Projection:
 
     storage: torch.Tensor
     from_table: bool
+    base: torch.Tensor
+    places: int
+    step: int
     num_experts: int
     out_features: int
     in_features: int
@@ -82,11 +94,14 @@ class Projection:
     def of(
         stored: Stored, bias: torch.Tensor | None = None, interleaved: bool = False
     ) -> Projection:
-        tensor, of_list = stored
-        if of_list is None:
+        tensor, lowest, listed = stored
+        if listed is None or lowest is None:
             return Projection(
                 tensor,
                 False,
+                tensor,
+                tensor.shape[0],
+                tensor.stride(0) * tensor.element_size(),
                 *_three(tensor.shape),
                 *_three(tensor.stride()),
                 alignment=16,
@@ -94,28 +109,37 @@ class Projection:
                 bias=bias,
                 interleaved=interleaved,
             )
-        number, alignment, shape, strides, dtype = of_list
         return Projection(
             tensor,
             True,
-            *_three((number, *shape)),
-            *_three((0, *strides)),
-            alignment=alignment,
-            dtype=dtype,
+            lowest,
+            MAX_PLACE + 1,
+            listed.step,
+            *_three((listed.number, *listed.shape)),
+            *_three((0, *listed.strides)),
+            alignment=listed.alignment,
+            dtype=listed.dtype,
             bias=bias,
             interleaved=interleaved,
         )
 
     @property
+    def transposed(self) -> bool:
+        """Is it stored ``[in, out]``?"""
+        return self.stride_in != 1
+
+    @property
     def tma_ready(self) -> bool:
-        """Can TMA descriptors read it: last dim contiguous, everything else 16-byte aligned."""
-        size = self.dtype.itemsize
-        if self.stride_in != 1 or self.stride_out <= 0 or self.stride_out * size % 16 != 0:
+        """Can TMA descriptors read it: one dim of a matrix contiguous, everything else 16-byte aligned."""
+        if self.stride_in == 1:
+            row = self.stride_out
+        elif self.stride_out == 1:
+            row = self.stride_in
+        else:
             return False
-        if self.from_table:
-            return self.alignment == 16
-        aligned = self.storage.data_ptr() % 16 == 0 and self.stride_expert * size % 16 == 0
-        return aligned and self.stride_expert > 0
+        strides = row * self.dtype.itemsize, self.step
+        regular = all(0 < stride < 2**40 and stride % 16 == 0 for stride in strides)
+        return regular and self.base.data_ptr() % 16 == 0
 
     @property
     def halves(self) -> tuple[tuple[int, int, int], int]:
@@ -139,3 +163,9 @@ def layout_of(gate: Projection, up: Projection | None, unit: Unit) -> str:
     if not unit.gated:
         return "plain"
     return "interleaved" if gate.interleaved else "concatenated"
+
+
+def has_one_product(layout: str, gate: Projection) -> bool:
+    """Can a TMA box bring all of what one tile multiplies: the columns of gate and of up, or only gate's?"""
+    halves_of_columns = layout == "concatenated" and gate.transposed
+    return layout != "separate" and not halves_of_columns

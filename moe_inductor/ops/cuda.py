@@ -33,7 +33,13 @@ from moe_inductor.kernels.launch import Programs, repeatable, scratch
 from moe_inductor.kernels.router_logits import router_logits
 from moe_inductor.kernels.router_pieces import router_pieces
 from moe_inductor.kernels.routing import topk_routing as _topk_routing
-from moe_inductor.kernels.weights import Projection, Stored, stacked_bias
+from moe_inductor.kernels.weights import (
+    Projection,
+    Stored,
+    has_one_product,
+    layout_of,
+    stacked_bias,
+)
 from moe_inductor.ops.block import Block
 from moe_inductor.ops.check import Routing
 from moe_inductor.unit import Unit, parse
@@ -87,8 +93,9 @@ class _Experts(NamedTuple):
 
     @property
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
-        up = self.up.tensor if self.up else None
-        return self.gate.tensor, up, self.down.tensor, *self.biases
+        projections = (self.gate, self.up, self.down)
+        tensors = [t for p in projections for t in ((p.tensor, p.lowest) if p else (None, None))]
+        return *tensors, *self.biases
 
 
 def fused_experts(
@@ -235,9 +242,10 @@ def _fused_experts(
         dtype=hidden_states.dtype,
         capability=_capability(hidden_states.device),
         unit_stride=all(p.stride_in == 1 for p in (gate, up or gate, down_)),
-        gate_up_tma=up is None and not interleaved and gate.tma_ready,
+        gate_up_tma=gate.tma_ready
+        and (up is None or (up.tma_ready and up.transposed == gate.transposed)),
         down_tma=down_.tma_ready,
-        from_table=down_.from_table,
+        one_product=has_one_product(layout_of(gate, up, unit), gate),
         batch_invariant=batch_invariant,
     )
     out = torch.empty((T, H), dtype=out_dtype, device=hidden_states.device)

@@ -3,7 +3,10 @@
 The launches are recorded on meta tensors, so the shapes can be those of real models.
 """
 
+import pathlib
 import re
+import subprocess
+import tempfile
 
 import pytest
 import torch
@@ -38,11 +41,13 @@ def record():
         unit="silu",
         rows=2,
         transposed=False,
+        separate=False,
         biased=False,
         **facts,
     ):
         with torch.device("meta"):
-            shapes = (E, rows * I, H), (E, H, I)
+            first = [(E, I, H)] * 2 if separate else [(E, rows * I, H)]
+            shapes = *first, (E, H, I)
             weights = [
                 torch.empty(e, b, a, dtype=dtype).mT
                 if transposed
@@ -51,7 +56,7 @@ def record():
             ]
             biases = [[torch.empty(e, a, dtype=dtype)] if biased else [] for e, a, _ in shapes]
             x, logits = torch.empty(T, H, dtype=dtype), torch.empty(T, E, dtype=dtype)
-        gate_up_proj, down_proj = [
+        gate_up_proj, *up_proj, down_proj = [
             [w] if layout == "stacked" else list(w.unbind(0)) for w in weights
         ]
         with recording(capability) as launches:
@@ -61,12 +66,12 @@ def record():
                 topk_ids,
                 topk_weights,
                 gate_up_proj,
-                [],
+                up_proj[0] if up_proj else [],
                 down_proj,
                 unit,
                 dtype,
                 gate_up_bias=biases[0],
-                down_bias=biases[1],
+                down_bias=biases[-1],
                 **facts,
             )
         return launches
@@ -112,16 +117,14 @@ def test_sm90(T, shape, layout, record):
     for kernel, args, meta in record((9, 0), T, **globals()[shape], layout=layout):
         compiled = compile_for(GPUTarget("cuda", 90, 32), kernel, args, meta)
         assert compiled.metadata.shared <= 227 * 1024
-        # Descriptors made in the persistent loop cost four registers more than there are.  Measured: still up to
-        # 14 % faster than the variants that do not spill.
-        allowed = 16 if meta.get("USE_BOX") and meta["FROM_TABLE"] else 0
-        assert (spilled_bytes(compiled) or 0) <= allowed, (kernel, meta)
+        assert not spilled_bytes(compiled), (kernel, meta)
         ptx = compiled.asm["ptx"]
         if meta.get("BLOCK_M", 0) >= 64 and "BLOCK_K" in meta:
             assert "wgmma.mma_async" in ptx
-        if meta.get("USE_BOX"):
+        if "USE_BOX" in meta:
+            assert meta["USE_BOX"]
             assert "cp.async.bulk.tensor" in ptx
-        if meta.get("FROM_TABLE") and not meta.get("USE_BOX"):
+        elif "FROM_TABLE" in meta:
             assert "cp.async.cg.shared.global" in ptx or "v4.b32" in ptx  # 16-byte loads
 
 
@@ -132,6 +135,43 @@ def test_gate_up_box_splits_in_registers(record):
     ptx = compile_for(GPUTarget("cuda", 90, 32), *launch).asm["ptx"]
     assert "m64n256k16" in ptx
     assert "ld.shared" not in ptx
+
+
+STORAGES = {
+    "separate": dict(separate=True),
+    "interleaved": dict(interleaved=True),
+    "[in, out]": dict(transposed=True),
+    "[in, out], interleaved": dict(transposed=True, interleaved=True),
+    "[in, out], separate": dict(transposed=True, separate=True),
+}
+
+
+@pytest.mark.parametrize("layout", ["stacked", "per_expert"])
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("T", [8, 128, 512, 4096])
+def test_every_storage_comes_by_tma(T, storage, layout, record):
+    """And its products are not made one at a time, as ptxas decides when it does not understand a pipeline."""
+    for launch in record((9, 0), T, **QWEN3, layout=layout, **STORAGES[storage]):
+        if "USE_BOX" not in launch.meta:
+            continue
+        compiled = launch.compile(GPUTarget("cuda", 90, 32))
+        assert not spilled_bytes(compiled), launch.meta
+        assert "cp.async.bulk.tensor" in compiled.asm["ptx"]
+        if launch.meta["BLOCK_M"] >= 64:
+            products, waits = products_and_waits(compiled)
+            assert products >= 4
+            assert waits < products, launch.meta
+
+
+def products_and_waits(compiled):
+    """wgmma instructions of the machine code, and how often it waits for them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        nvdisasm = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+        done = subprocess.run([nvdisasm, "-c", file.name], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.count("HGMMA"), done.stdout.count("WARPGROUP.DEPBAR")
 
 
 GPT_OSS = dict(E=32, k=4, H=2880, I=2880, unit=GATED["gpt-oss"][0], biased=True, interleaved=True)

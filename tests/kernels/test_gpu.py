@@ -63,9 +63,8 @@ def shipped_plans(dtype, layout, size):
             dtype=dtype,
             capability=torch.cuda.get_device_capability(),
             unit_stride="transposed" not in layout,
-            gate_up_tma=layout in ("stacked", "per_expert"),
-            down_tma=layout in ("stacked", "stacked_separate", "per_expert", "per_expert_separate"),
-            from_table=layout.startswith("per_expert"),
+            gate_up_tma="unaligned" not in layout and "mixed" not in layout,
+            down_tma="unaligned" not in layout,
         )
         plans.setdefault(repr(choose_plan(problem)), T)
     return list(plans.values())

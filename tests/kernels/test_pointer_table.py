@@ -3,18 +3,22 @@ import threading
 import pytest
 import torch
 
-from moe_inductor.kernels.pointer_table import PointerTables
+from moe_inductor.kernels.pointer_table import MAX_PLACE, PointerTables, Span
 
 
 def weights(n=3):
     return [torch.randn(2, 2) for _ in range(n)]
 
 
+def addresses(table):
+    return table.addresses_and_places[:, 0].tolist()
+
+
 def test_holds_the_addresses_and_is_built_once():
     tables, tensors = PointerTables(), weights()
     table = tables.get(tensors)
-    assert table.dtype == torch.int64
-    assert table.tolist() == [t.data_ptr() for t in tensors]
+    assert table.addresses_and_places.dtype == torch.int64
+    assert addresses(table) == [t.data_ptr() for t in tensors]
     assert tables.get(list(tensors)) is table
     assert len(tables) == 1
 
@@ -24,10 +28,10 @@ def test_a_replaced_parameter_gets_another_table():
     first = tables.get(tensors)
     replaced = [tensors[0], torch.randn(2, 2), tensors[2]]
     second = tables.get(replaced)
-    assert second.tolist() == [t.data_ptr() for t in replaced]
-    assert first.tolist() == [t.data_ptr() for t in tensors]
+    assert addresses(second) == [t.data_ptr() for t in replaced]
+    assert addresses(first) == [t.data_ptr() for t in tensors]
     tensors[1].data = torch.randn(2, 2)  # in place, the same Parameter object
-    assert tables.get(tensors).tolist() == [t.data_ptr() for t in tensors]
+    assert addresses(tables.get(tensors)) == [t.data_ptr() for t in tensors]
 
 
 def test_ragged_lists_are_refused():
@@ -42,13 +46,13 @@ def test_bounded():
     tables = PointerTables(max_tables=4)
     kept = [weights(1) for _ in range(50)]
     for tensors in kept:
-        assert tables.get(tensors).tolist() == [tensors[0].data_ptr()]
+        assert addresses(tables.get(tensors)) == [tensors[0].data_ptr()]
     assert len(tables) <= 4
 
 
 def test_order_matters():
     tables, tensors = PointerTables(), weights()
-    assert tables.get(tensors[::-1]).tolist() == [t.data_ptr() for t in tensors[::-1]]
+    assert addresses(tables.get(tensors[::-1])) == [t.data_ptr() for t in tensors[::-1]]
 
 
 def test_threads():
@@ -59,7 +63,7 @@ def test_threads():
     def work():
         for _ in range(20):
             for tensors in sets:
-                if tables.get(tensors).tolist() != [t.data_ptr() for t in tensors]:
+                if addresses(tables.get(tensors)) != [t.data_ptr() for t in tensors]:
                     wrong.append(tensors)
 
     threads = [threading.Thread(target=work) for _ in range(8)]
@@ -68,3 +72,35 @@ def test_threads():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("distances", "step"),
+    [
+        ([0], 512),
+        ([0, 512, 1536], 512),
+        ([0, 512, 1040], 16),
+        ([0, 8], 0),
+        ([0, 512 * MAX_PLACE], 512),
+        ([0, 512 * (MAX_PLACE + 1)], 0),
+        ([0, 16, 16 * MAX_PLACE], 16),
+        ([0, 16, 16 * (MAX_PLACE + 1)], 0),
+    ],
+)
+def test_places_are_whole_and_small(distances, step):
+    start = 2**46 + 16
+    for turn in range(len(distances)):
+        moved = [start + d for d in (*distances[turn:], *distances[:turn])]
+        span = Span.of(moved)
+        assert (span.lowest, span.step) == (moved.index(start), step)
+        assert span.alignment == (16 if step else 8 if 8 in distances else 16)
+
+
+def test_places_lead_to_the_tensors():
+    memory = torch.arange(4096, dtype=torch.int64)
+    tensors = [memory[start : start + 8] for start in (640, 64, 2048)]
+    table, span = PointerTables().get(tensors)
+    assert (span.lowest, span.step) == (1, 512)
+    lowest = tensors[span.lowest].data_ptr()
+    for tensor, place in zip(tensors, table[:, 1].tolist(), strict=True):
+        assert lowest + place * span.step == tensor.data_ptr()

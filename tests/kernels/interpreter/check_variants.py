@@ -50,7 +50,10 @@ def test_units_on_tiles(text):
     torch.testing.assert_close(out.double(), wanted, rtol=2e-6, atol=2e-6, equal_nan=True)
 
 
-def variant(layout, biased, on_input, T, H, I, per_expert=False, plan=None, monkeypatch=None):
+def variant(
+    layout, biased, on_input, T, H, I, per_expert=False, plan=None, monkeypatch=None,
+    transposed=False,
+):  # fmt: skip
     E, k = 3, 2
     rows = 2 * I if layout in ("concatenated", "interleaved") else I
     text, written = (PLAIN["relu^2"]) if layout == "plain" else GATED["gpt-oss"]
@@ -66,6 +69,8 @@ def variant(layout, biased, on_input, T, H, I, per_expert=False, plan=None, monk
     def arguments(tensor):
         if tensor is None:
             return []
+        if transposed and tensor.dim() == 3:
+            tensor = tensor.mT.contiguous().mT
         return [t.clone() for t in tensor.unbind(0)] if per_expert else [tensor]
 
     monkeypatch.setattr(cuda, "choose_plan", lambda problem: plan)
@@ -115,10 +120,16 @@ def test_pointers(plan, layout, biased, on_input, monkeypatch, poisoned_workspac
 
 
 @pytest.mark.parametrize("per_expert", [False, True])
-@pytest.mark.parametrize("layout", ["concatenated", "plain"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("plan", BOX)
-def test_tma_boxes(plan, layout, per_expert, monkeypatch, poisoned_workspaces):
-    variant(layout, True, False, 5, 32, 44, per_expert, BOX[plan], monkeypatch)
+def test_tma_boxes(plan, layout, transposed, per_expert, monkeypatch, poisoned_workspaces):
+    sizes = (
+        5,
+        32,
+        44,
+    )  # no multiples of the tiles; 2 I columns after each other would hide a box that is too wide
+    variant(layout, True, False, *sizes, per_expert, BOX[plan], monkeypatch, transposed)
 
 
 @pytest.mark.parametrize("plan", ["decode", "grouped"])
