@@ -33,7 +33,7 @@ from .timing import graph_us
 SILU = parse("silu")
 
 # By BLOCK_M: block_n, block_k, num_warps, num_stages of programs with one tile each, of programs that walk the tiles
-# (persistent), and GROUP_M.  Stacked weights come by TMA.
+# (persistent), and GROUP_M.  Weights come by TMA.
 Tile = tuple[int, int, int, int]
 
 
@@ -136,14 +136,12 @@ def decode_candidates(kernel: str, k: int) -> list[GemvConfig]:
     ]
 
 
-def candidates(kernel: str, block_m: int, table: bool = False) -> Iterator[GemmConfig]:
-    """A table's descriptors are made per tile, which pays for the largest tiles only."""
+def candidates(kernel: str, block_m: int) -> Iterator[GemmConfig]:
     pool = (GATE_UP if kernel == "gate_up" else DOWN)[block_m]
-    by_tma = (True,) if not table else (True, False) if block_m >= 64 else (False,)
-    for group, tma in itertools.product(pool.groups, by_tma):
+    for group in pool.groups:
         for tiles, persistent in ((pool.one, False), (pool.walk, True)):
-            for n, k, warps, stages in tiles if tma or not persistent else ():
-                yield GemmConfig(block_m, n, k, group, warps, stages, tma, persistent)
+            for n, k, warps, stages in tiles:
+                yield GemmConfig(block_m, n, k, group, warps, stages, True, persistent)
 
 
 def block_ms(shape: Shape, T: int) -> list[int]:
@@ -226,7 +224,7 @@ def work(shape: Shape, T: int, table: bool) -> Iterator[tuple[str, int, Any]]:
         if T <= 2 and not table:
             yield from ((kernel, 0, c) for c in decode_candidates(kernel, shape.k))
         for m in block_ms(shape, T) if T > 1 else []:
-            yield from ((kernel, m, c) for c in candidates(kernel, m, table))
+            yield from ((kernel, m, c) for c in candidates(kernel, m))
 
 
 def run(bench: Bench, kernel: str, block_m: int, config: Any) -> float:

@@ -80,7 +80,7 @@ def _decode_gate_up(
     gate_base = expert_address(gate_ptr, expert, stride_expert, ELEMENT, FROM_TABLE, ALIGNMENT)
     if LAYOUT == "separate":
         up_base = expert_address(up_ptr, expert, up_stride_expert, ELEMENT, FROM_TABLE, ALIGNMENT)
-    else:
+    else:  # looked at only where gate and up follow each other
         up_base = gate_base + up_offset
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_used = (rows < (2 * I if PAIRS else I))[:, None]
@@ -256,7 +256,7 @@ def decode_gate_up(
         hidden_states.stride(0),
         *strides,
         *(up.strides if up else strides),
-        I * gate.stride_out,  # where it holds both, one after the other
+        I * gate.stride_out,
         intermediate.stride(0),
         K=k,
         ACTIVATION=unit.text,

@@ -411,7 +411,7 @@ def gate_up(
     T, H = hidden_states.shape
     I = intermediate_size
     layout = layout_of(gate, up, unit)
-    strides, up_offset = gate.halves
+    strides, up_offset = gate.gate_and_up
     block_n, block_k = config.block_n, config.block_k
     two = not has_one_product(layout, gate)
     gate_box = up_box = None

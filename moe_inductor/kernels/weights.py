@@ -69,7 +69,7 @@ class Projection:
 
     base, places, step: a TMA descriptor's first dimension, of which an expert is one index (of a list, its place):
         where it begins, its length, and its stride in bytes.
-    alignment: bytes that every table entry is a multiple of (16 for a stacked tensor, where it is not used).
+    alignment: bytes that every address of a table is a multiple of (16 for a stacked tensor, where it is not used).
     bias: ``[E, out]``, dense; None where there is none.
     interleaved: rows are gate, up, gate, up, ...
     """
@@ -142,14 +142,11 @@ class Projection:
         return regular and self.base.data_ptr() % 16 == 0
 
     @property
-    def halves(self) -> tuple[tuple[int, int, int], int]:
+    def gate_and_up(self) -> tuple[tuple[int, int, int], int]:
         """Strides of the gate rows alone, and the offset from a gate row to its up row, where both are in here."""
         if self.interleaved:
             return (self.stride_expert, 2 * self.stride_out, self.stride_in), self.stride_out
-        return (
-            self.strides,
-            self.out_features // 2 * self.stride_out,
-        )  # not looked at without a gate
+        return self.strides, self.out_features // 2 * self.stride_out
 
     @property
     def strides(self) -> tuple[int, int, int]:
@@ -167,5 +164,17 @@ def layout_of(gate: Projection, up: Projection | None, unit: Unit) -> str:
 
 def has_one_product(layout: str, gate: Projection) -> bool:
     """Can a TMA box bring all of what one tile multiplies: the columns of gate and of up, or only gate's?"""
-    halves_of_columns = layout == "concatenated" and gate.transposed
-    return layout != "separate" and not halves_of_columns
+    return layout != "separate" and not _halves_of_columns(layout, gate)
+
+
+def come_by_tma(layout: str, gate: Projection, up: Projection | None) -> bool:
+    """Can TMA boxes bring gate and up?"""
+    if up is not None and not (up.tma_ready and up.transposed == gate.transposed):
+        return False
+    # Where up begins inside a row, the innermost coordinate of a box, is a multiple of 16 bytes too.
+    first_up = gate.out_features // 2 if _halves_of_columns(layout, gate) else 0
+    return gate.tma_ready and first_up * gate.dtype.itemsize % 16 == 0
+
+
+def _halves_of_columns(layout: str, gate: Projection) -> bool:
+    return layout == "concatenated" and gate.transposed

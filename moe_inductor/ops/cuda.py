@@ -36,6 +36,7 @@ from moe_inductor.kernels.routing import topk_routing as _topk_routing
 from moe_inductor.kernels.weights import (
     Projection,
     Stored,
+    come_by_tma,
     has_one_product,
     layout_of,
     stacked_bias,
@@ -232,21 +233,18 @@ def _fused_experts(
             raise NotImplementedError(
                 f"weights are {projection.dtype}, hidden_states {hidden_states.dtype}"
             )
+    if up is not None and up.from_table != gate.from_table:
+        raise ValueError("gate and up must both be stacked or both be lists")
     T, H = hidden_states.shape
-    problem = Problem(
-        T=T,
-        E=down_.num_experts,
-        k=topk_ids.shape[1],
-        H=H,
-        I=down_.in_features,
-        dtype=hidden_states.dtype,
-        capability=_capability(hidden_states.device),
-        unit_stride=all(p.stride_in == 1 for p in (gate, up or gate, down_)),
-        gate_up_tma=gate.tma_ready
-        and (up is None or (up.tma_ready and up.transposed == gate.transposed)),
-        down_tma=down_.tma_ready,
-        one_product=has_one_product(layout_of(gate, up, unit), gate),
-        batch_invariant=batch_invariant,
+    problem = problem_of(
+        T,
+        topk_ids.shape[1],
+        gate,
+        up,
+        down_,
+        unit,
+        _capability(hidden_states.device),
+        batch_invariant,
     )
     out = torch.empty((T, H), dtype=out_dtype, device=hidden_states.device)
     if out.numel() == 0:
@@ -267,6 +265,33 @@ def _fused_experts(
         weight_on_input,
     )
     return [out]
+
+
+def problem_of(
+    T: int,
+    k: int,
+    gate: Projection,
+    up: Projection | None,
+    down_: Projection,
+    unit: Unit,
+    capability: tuple[int, int],
+    batch_invariant: bool = False,
+) -> Problem:
+    layout = layout_of(gate, up, unit)
+    return Problem(
+        T=T,
+        E=down_.num_experts,
+        k=k,
+        H=down_.out_features,
+        I=down_.in_features,
+        dtype=down_.dtype,
+        capability=capability,
+        unit_stride=all(p.stride_in == 1 for p in (gate, up or gate, down_)),
+        gate_up_tma=come_by_tma(layout, gate, up),
+        down_tma=down_.tma_ready,
+        one_product=has_one_product(layout, gate),
+        batch_invariant=batch_invariant,
+    )
 
 
 def run_plan(

@@ -10,6 +10,7 @@ import sys
 
 import torch
 
+from moe_inductor.kernels import configs
 from moe_inductor.kernels.configs import RouterTiles, router_plan
 from moe_inductor.kernels.router_pieces import router_pieces
 from moe_inductor.kernels.routing import topk_routing as _topk_routing
@@ -23,8 +24,11 @@ from tests.router_product import logits_by
 E, K = 4, 2
 # Decode, then rows per expert of 4, 12, 32, 80, 128, 256, then more slots than one launch aligns.
 TOKENS = (1, 8, 24, 64, 160, 256, 512, 1100)
-SIZES = ((72, 40), (70, 36))  # the first can be read by TMA; neither is a multiple of a tile
-CASES = tuple(itertools.product(SIZES, ("stacked", "per expert, own memory")))
+BY_TMA, BY_POINTERS = (72, 40), (70, 36)  # how [out, in] is read; neither is a multiple of a tile
+CASES = (
+    *itertools.product((BY_TMA, BY_POINTERS), ("stacked", "per expert, own memory")),
+    *itertools.product((BY_TMA,), ("stacked, two", "stacked, transposed", "per expert, two")),
+)
 
 
 def run(tokens: int, hidden: int, intermediate: int, storage: str) -> None:
@@ -56,6 +60,7 @@ def run(tokens: int, hidden: int, intermediate: int, storage: str) -> None:
 
 def main(case: int) -> None:
     hidden_and_intermediate, storage = CASES[case]
+    configs.DECODE_REPEATED_BYTES = 0  # else up to 24 tokens of so small experts would be decoded
     for tokens in TOKENS:
         run(tokens, *hidden_and_intermediate, storage)
     torch.cuda.synchronize()

@@ -16,12 +16,18 @@ LAYOUTS = (
     "per_expert_separate",
     "per_expert_transposed",
     "per_expert_unaligned",
+    "stacked_interleaved",
+    "stacked_interleaved_transposed",
+    "stacked_separate_transposed",
+    "per_expert_interleaved",
+    "per_expert_interleaved_transposed",
+    "per_expert_separate_transposed",
 )
 
 
 @dataclasses.dataclass
 class Weights:
-    """gate_up_proj, up_proj, down_proj as ``fused_experts`` takes them; gate, up, down [E, out, in] to read."""
+    """gate_up_proj, up_proj, down_proj, interleaved as ``fused_experts`` takes them; gate, up, down [E, out, in]."""
 
     gate_up_proj: list[torch.Tensor]
     up_proj: list[torch.Tensor]
@@ -29,6 +35,7 @@ class Weights:
     gate: torch.Tensor
     up: torch.Tensor
     down: torch.Tensor
+    interleaved: bool = False
 
 
 def make_weights(layout: str, E: int, H: int, I: int, dtype: torch.dtype, device="cpu") -> Weights:
@@ -48,6 +55,8 @@ def make_weights(layout: str, E: int, H: int, I: int, dtype: torch.dtype, device
         gate_up_proj, up_proj = [store(gate, "")], [store(up, "transposed")]
     elif "separate" in layout:
         gate_up_proj, up_proj = [store(gate, layout)], [store(up, layout)]
+    elif "interleaved" in layout:
+        gate_up_proj, up_proj = [store(torch.stack([gate, up], 2).flatten(1, 2), layout)], []
     else:
         gate_up_proj, up_proj = [store(torch.cat([gate, up], 1), layout)], []
     down_proj = [store(down, layout)]
@@ -57,7 +66,8 @@ def make_weights(layout: str, E: int, H: int, I: int, dtype: torch.dtype, device
             return [store(w[None], layout)[0] for w in weights[0].unbind(0)] if weights else []
 
         gate_up_proj, up_proj, down_proj = split(gate_up_proj), split(up_proj), split(down_proj)
-    return Weights(gate_up_proj, up_proj, down_proj, gate, up, down)
+    interleaved = "interleaved" in layout
+    return Weights(gate_up_proj, up_proj, down_proj, gate, up, down, interleaved)
 
 
 def experts(

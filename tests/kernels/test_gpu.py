@@ -13,7 +13,9 @@ from moe_oracle import LAYOUTS, assert_accurate, make_weights, random_routing
 
 from moe_inductor.kernels import configs
 from moe_inductor.kernels.configs import DecodePlan, GroupedPlan, Problem, choose_plan
+from moe_inductor.kernels.weights import Projection, Stored
 from moe_inductor.ops import cuda
+from moe_inductor.unit import parse
 
 pytestmark = pytest.mark.gpu
 
@@ -35,6 +37,7 @@ def call(x, topk_ids, topk_weights, weights, out_dtype=None):
         weights.down_proj,
         "silu",
         out_dtype or x.dtype,
+        interleaved=weights.interleaved,
     )
 
 
@@ -52,20 +55,12 @@ SMALL, DEEP, LARGE = (512, 512), (1024, 4096), (2560, 4096)
 def shipped_plans(dtype, layout, size):
     """Every distinct plan that configs.py can choose on this device, with a T that chooses it."""
     plans = {}
-    H, I = size
+    weights = make_weights(layout, 8, *size, dtype, "cuda")
+    gate, down = (Stored.of(w) for w in (weights.gate_up_proj, weights.down_proj))
+    up = Projection.of(Stored.of(weights.up_proj)) if weights.up_proj else None
+    read = Projection.of(gate, None, weights.interleaved), up, Projection.of(down), parse("silu")
     for T in (1, 2, 8, 40, 100, 200, 300, 500, 1000, 2000, 5000):
-        problem = Problem(
-            T=T,
-            E=8,
-            k=2,
-            H=H,
-            I=I,
-            dtype=dtype,
-            capability=torch.cuda.get_device_capability(),
-            unit_stride="transposed" not in layout,
-            gate_up_tma="unaligned" not in layout and "mixed" not in layout,
-            down_tma="unaligned" not in layout,
-        )
+        problem = cuda.problem_of(T, 2, *read, torch.cuda.get_device_capability())
         plans.setdefault(repr(choose_plan(problem)), T)
     return list(plans.values())
 

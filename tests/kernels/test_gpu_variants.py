@@ -8,6 +8,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 from moe_inductor import ops
+from moe_inductor.kernels import configs
 from tests.oracle import assert_within_fp64_rule
 from tests.units import GATED, PLAIN
 
@@ -15,7 +16,12 @@ pytestmark = pytest.mark.gpu
 
 E, H, I, K = 6, 256, 192, 2
 LAYOUTS = ("concatenated", "interleaved", "separate", "plain")
-TOKENS = (1, 8, 100, 900)  # one for each kind of plan
+TOKENS = (1, 8, 40, 100, 900)  # decode, then tiles of 16, 32, 64 and 128 rows
+
+
+@pytest.fixture(autouse=True)
+def _several_tokens_are_grouped(monkeypatch):
+    monkeypatch.setattr(configs, "DECODE_REPEATED_BYTES", 0)
 
 
 def draw(layout, biased, tokens, dtype, seed=0):

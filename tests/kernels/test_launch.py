@@ -4,7 +4,6 @@ Kernels are replaced by stubs on CPU tensors.  A stub asks Triton's own binder (
 arguments on, and a compiled stub fails when it is launched with arguments of another specialisation.
 """
 
-import dataclasses
 import itertools
 import threading
 import types
@@ -38,15 +37,14 @@ BACKEND = make_backend(GPUTarget("cuda", 90, 32))
 MODULES = (align, combine, decode, down, gate_up, router_logits, router_pieces, routing)
 
 
-@dataclasses.dataclass
-class Metadata:
-    global_scratch_size: int = 0
+def facts(descriptor):
+    return descriptor.shape, descriptor.strides, descriptor.block_shape
 
 
 class Compiled:
     """As much of a CompiledKernel as a program touches."""
 
-    function, packed_metadata, metadata = 1, (2,), Metadata()
+    function, packed_metadata = 1, (2,)
 
     def __init__(self, specialisation, names, values, log):
         self.specialisation, self.names, self.values, self.log = specialisation, names, values, log
@@ -57,7 +55,7 @@ class Compiled:
         now = []
         for name, value, first in zip(self.names, values, self.values, strict=True):
             if isinstance(first, TensorDescriptor):
-                assert (value.shape, value.strides) == (first.shape, first.strides)
+                assert facts(value) == facts(first)
                 assert value.base.data_ptr() % 16 == 0
                 now.append(value.base.data_ptr())
             elif isinstance(first, torch.Tensor):
@@ -83,7 +81,9 @@ class Kernel:
             tensors = [v.base if isinstance(v, TensorDescriptor) else v for v in values]
             addresses = [t.data_ptr() for t in tensors if isinstance(t, torch.Tensor)]
             full = (*grid, 1, 1)[:3]
-            specialisation = str(specialisation)
+            # With what a descriptor is made of, which Triton does not look at.
+            boxes = [facts(value) for value in values if isinstance(value, TensorDescriptor)]
+            specialisation = str((specialisation, boxes))
             self.log.append(("jit", self.arg_names[0], full, specialisation, addresses))
             return Compiled(specialisation, self.arg_names, values, self.log)
 
@@ -128,20 +128,22 @@ def draw(T=3, dtype=torch.bfloat16, weights_dtype=None, ids=torch.int64, h=H, i=
     }
 
 
-def scattered(stacked, unaligned=()):
+def scattered(stacked, unaligned=(), gap=256, row_gap=0):
     """Its matrices as separate tensors, last first and with gaps, but near each other as on a GPU."""
-    gap, size = 256, stacked[0].numel()
-    memory = torch.empty(len(stacked) * (size + gap), dtype=stacked.dtype)
+    rows, columns = stacked[0].shape
+    size = rows * (columns + row_gap)
+    memory = torch.empty(len(stacked) * (size + gap) + 64, dtype=stacked.dtype)
+    memory = memory[-memory.data_ptr() % 64 // memory.element_size() :]
     starts = [place * (size + gap) + (place in unaligned) for place in range(len(stacked))]
     return [
-        memory[start : start + size].view(w.shape).copy_(w)
+        memory[start : start + size].view(rows, -1)[:, :columns].copy_(w)
         for start, w in zip(starts[::-1], stacked, strict=True)
     ]
 
 
-def unstack(call):
+def unstack(call, **how):
     lists = ("gate_up_proj", "up_proj", "down_proj")
-    return call | {n: [w for t in call[n] for w in scattered(t)] for n in lists}
+    return call | {n: [w for t in call[n] for w in scattered(t, **how)] for n in lists}
 
 
 def separate(call):
@@ -188,7 +190,23 @@ VARIANTS = {
     "separate": lambda: separate(draw()),
     "transposed": lambda: transposed(draw()),
     "list": lambda: unstack(draw()),
-    "list of 2000": lambda: unstack(draw(T=2000)),
+    "T=2000, list": lambda: unstack(draw(T=2000)),
+    "T=2000, list 256 bytes apart": lambda: unstack(draw(T=2000), gap=128),
+    "T=2000, list 16 bytes apart": lambda: unstack(draw(T=2000), gap=8),
+    "T=2000, list of longer rows": lambda: unstack(draw(T=2000), row_gap=64),
+    "T=2000, list, separate": lambda: unstack(separate(draw(T=2000))),
+    "T=2000, separate": lambda: separate(draw(T=2000)),
+    "T=2000, interleaved": lambda: draw(T=2000) | {"interleaved": True},
+    "T=2000, transposed": lambda: transposed(draw(T=2000)),
+    "T=2000, gate transposed": lambda: (
+        transposed(c := draw(T=2000)) | {"down_proj": c["down_proj"]}
+    ),
+    "T=2000, up transposed": lambda: (
+        (c := separate(draw(T=2000))) | {"up_proj": [c["up_proj"][0].mT.contiguous().mT]}
+    ),
+    "T=2000, unaligned list": lambda: (
+        unstack(c := draw(T=2000)) | {"down_proj": scattered(c["down_proj"][0], range(E))}
+    ),
     "list, separate": lambda: unstack(separate(draw())),
     "wide rows": lambda: wide(draw()),
     **{

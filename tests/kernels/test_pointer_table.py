@@ -3,7 +3,7 @@ import threading
 import pytest
 import torch
 
-from moe_inductor.kernels.pointer_table import MAX_PLACE, PointerTables, Span
+from moe_inductor.kernels.pointer_table import MAX_PLACE, PointerTables, Span, _table_inside_graph
 
 
 def weights(n=3):
@@ -104,3 +104,11 @@ def test_places_lead_to_the_tensors():
     lowest = tensors[span.lowest].data_ptr()
     for tensor, place in zip(tensors, table[:, 1].tolist(), strict=True):
         assert lowest + place * span.step == tensor.data_ptr()
+
+
+def test_a_table_made_inside_a_graph_holds_the_same():
+    memory = torch.arange(4096, dtype=torch.int64)
+    tensors = [memory[start : start + 8] for start in (640, 64, 2048)]
+    table, _ = PointerTables().get(tensors)
+    rows = [tuple(row) for row in table.tolist()]
+    assert torch.equal(_table_inside_graph(torch.device("cpu"), rows), table)

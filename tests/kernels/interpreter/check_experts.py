@@ -2,6 +2,7 @@ import pytest
 import torch
 from moe_oracle import LAYOUTS, assert_accurate, make_weights, random_routing
 
+from moe_inductor.kernels import configs
 from moe_inductor.kernels.configs import DecodePlan, GemmConfig, GemvConfig, GroupedPlan
 from moe_inductor.ops import cuda
 
@@ -37,6 +38,7 @@ def run(plan, x, topk_ids, topk_weights, weights, monkeypatch, out_dtype=torch.f
         weights.down_proj,
         "silu",
         out_dtype,
+        interleaved=weights.interleaved,
     )
 
 
@@ -145,3 +147,67 @@ def test_shipped_plans():
             x, topk_ids, topk_weights, weights.gate_up_proj, [], weights.down_proj, "silu", x.dtype
         )
         assert_accurate(got, x, topk_ids, topk_weights, weights)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_plans_of_an_h200(layout, monkeypatch, poisoned_workspaces):
+    """All its tiles, and what it reads by TMA.  Sizes are no multiples of a tile, and half a row of 2 I is none of 16
+    bytes.  In fp16: the interpreter rounds to bf16 otherwise than a GPU."""
+    monkeypatch.setattr(cuda, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(configs, "DECODE_REPEATED_BYTES", 0)
+    plans = []
+
+    def choose(problem):
+        plans.append(configs.choose_plan(problem))
+        return plans[-1]
+
+    monkeypatch.setattr(cuda, "choose_plan", choose)
+    E, k = 3, 2
+    cases = (1, 72, 36), (5, 72, 36), (20, 72, 40), (40, 72, 36), (90, 72, 40), (200, 72, 36)
+    for T, H, I in cases:
+        weights = make_weights(layout, E, H, I, torch.float16)
+        x = torch.randn(T, H, dtype=torch.float16)
+        topk_weights, topk_ids = random_routing(T, E, k)
+        got = cuda.fused_experts(
+            x, topk_ids, topk_weights, weights.gate_up_proj, weights.up_proj, weights.down_proj,
+            "silu", x.dtype, interleaved=weights.interleaved,
+        )  # fmt: skip
+        assert_accurate(got, x, topk_ids, topk_weights, weights)
+    sizes = [getattr(plan.gate_up, "block_m", 1) for plan in plans]
+    assert sizes == [1, 16, 32, 64, 64, 128]
+    aligned = [I % 8 == 0 for _, _, I in cases[1:]]
+    transposed, never = "transposed" in layout, "unaligned" in layout
+    gate = [not transposed or "interleaved" in layout or fits for fits in aligned]
+    down = [transposed or fits for fits in aligned]
+    never_gate = never or "mixed" in layout
+    assert [p.gate_up.weights_by_tma for p in plans[1:]] == [g and not never_gate for g in gate]
+    assert [p.down.weights_by_tma for p in plans[1:]] == [d and not never for d in down]
+
+
+@pytest.mark.parametrize("plan", BOX)
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if "unaligned" not in name])
+def test_nothing_beside_the_weights_is_read(plan, layout, monkeypatch, poisoned_workspaces):
+    """NaN around every matrix, and in another token: one times a zero of padding would be seen."""
+    if "mixed" in layout:
+        pytest.skip("not read by TMA")
+    E, H, I = 3, 40, 24
+    weights = make_weights(layout, E, H, I, torch.float32)
+    for name in ("gate_up_proj", "up_proj", "down_proj"):
+        setattr(weights, name, [_in_nan(w) for w in getattr(weights, name)])
+    x = torch.randn(5, H)
+    x[2] = float("nan")
+    topk_weights, topk_ids = random_routing(5, E, 2)
+    got = run(BOX[plan], x, topk_ids, topk_weights, weights, monkeypatch)
+    assert got[2].isnan().all()
+    others = torch.tensor([0, 1, 3, 4])
+    assert_accurate(got[others], x[others], topk_ids[others], topk_weights[others], weights)
+
+
+def _in_nan(weight):
+    """A copy in the middle of NaN, with the same order of dimensions."""
+    order = sorted(range(weight.dim()), key=weight.stride, reverse=True)
+    size = weight.numel()
+    memory = torch.full((3 * size,), float("nan"))
+    shape = [weight.shape[d] for d in order]
+    inner = memory[size : 2 * size].view(shape).copy_(weight.permute(order))
+    return inner.permute([order.index(d) for d in range(weight.dim())])
