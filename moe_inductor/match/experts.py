@@ -98,10 +98,15 @@ class _Attempt:
     facts: dict[str, Any]
     shapes: Shapes
     folded: Folded | None
+    _pieces: dict[int, Pieces | None] = dataclasses.field(default_factory=dict)
 
     def pieces(self, projection: int) -> Pieces | None:
-        facts = tuple(sorted(self.facts.items()))
-        return experts_pieces(self.spelling, facts, self.shapes, PROJECTIONS[projection])
+        """Looked up often enough for the hash of all that is asked for to count."""
+        if projection not in self._pieces:
+            facts = tuple(sorted(self.facts.items()))
+            found = experts_pieces(self.spelling, facts, self.shapes, PROJECTIONS[projection])
+            self._pieces[projection] = found
+        return self._pieces[projection]
 
     def run(self, matches: list[Match]) -> tuple[list[Bound], list[Refusal]]:
         found, failed = [], []

@@ -60,7 +60,12 @@ class Proved:
         return [args[-1] for _, args in self.assumed]
 
 
-@pytest.fixture(scope="module", params=SPELLINGS, ids=lambda spelling: spelling.name)
+def _of_one_worker(spelling: ExpertsSpelling) -> Any:
+    """Its tests in one process, so that its samples are compiled there alone."""
+    return pytest.param(spelling, id=spelling.name, marks=pytest.mark.xdist_group(spelling.name))
+
+
+@pytest.fixture(scope="module", params=map(_of_one_worker, SPELLINGS))
 def proved(request) -> Proved:
     """Every sample compiled once, in the last of its dtypes."""
     spelling = request.param
@@ -103,12 +108,13 @@ def proved(request) -> Proved:
 
 
 def _trace_references_once(request: Any) -> None:
-    """For the many proofs of one block: to trace a reference is what takes the time."""
+    """For the many proofs of one block: to trace a reference and to bring it to normal form is what takes the time."""
     patch = pytest.MonkeyPatch()
     request.addfinalizer(patch.undo)
-    trace, reference_of = proofs.trace, proofs.reference_of
+    trace, reference_of, normalise = proofs.trace, proofs.reference_of, proofs.normalise
     references: dict[Any, Any] = {}
     traced: dict[Any, Any] = {}
+    normal: dict[Any, Any] = {}
 
     def same_reference(bound: Bound) -> Any:
         weights = tuple(
@@ -125,6 +131,13 @@ def _trace_references_once(request: Any) -> None:
             traced[key] = trace(reference, values, fake_mode, autocast), values
         return traced[key][0]
 
+    def normalise_once(graph: fx.Graph, *, keep_detach: bool) -> Any:
+        key = (id(graph), keep_detach)
+        if key not in normal:  # with the graph, for the same reason
+            normal[key] = normalise(graph, keep_detach=keep_detach), graph
+        return normal[key][0]
+
+    patch.setattr(proofs, "normalise", normalise_once)
     patch.setattr(proofs, "reference_of", same_reference)
     patch.setattr(proofs, "trace", trace_once)
 
