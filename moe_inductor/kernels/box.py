@@ -25,7 +25,7 @@ from .weights import Projection
 def box_of(
     weight: Projection, columns: int, block_k: int, halves: bool = False
 ) -> TensorDescriptor:
-    """The descriptor of a ``tma_ready`` projection, for ``columns`` out-features at a time.
+    """The descriptor of a ``tma_ready`` projection, for boxes of ``columns`` out-features and ``block_k`` in-features.
 
     halves: the same columns of the first and of the second half of the out-features.
     """

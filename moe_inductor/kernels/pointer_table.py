@@ -72,7 +72,7 @@ class PointerTables:
         return len(self._tables) + len(self._pinned)
 
     def get(self, tensors: Sequence[torch.Tensor]) -> PointerTable:
-        """Of each tensor's first element, on their device.
+        """The table ``[len(tensors), 2]`` on their device, and where they lie.
 
         Raises:
             ValueError: they differ in shape, dtype or device (looked at when the table is built).

@@ -277,6 +277,7 @@ def problem_of(
     capability: tuple[int, int],
     batch_invariant: bool = False,
 ) -> Problem:
+    """What a plan for ``T`` tokens and ``k`` choices depends on, of these weights.  Tests ask for it too."""
     layout = layout_of(gate, up, unit)
     return Problem(
         T=T,
