@@ -6,6 +6,7 @@
     sorted_token_ids         max_blocks*BM      int32  _align_*        gate_up, down
     expert_ids               max_blocks         int32  _align_*        gate_up, down
     num_tokens_post_padded   1                  int32  _align_*        gate_up, down
+    finished                 max_blocks         int32  _align_*: 0     gate_up, down (overlap.py)
 
 ``sorted_token_ids`` holds slot numbers, expert after expert, ascending inside an expert (so every run is the
 same); padding holds the number of slots, T*k.  Row block b (rows b*BM..) belongs to ``expert_ids[b]``.  Only the
@@ -35,6 +36,7 @@ class Alignment(NamedTuple):
     sorted_token_ids: torch.Tensor
     expert_ids: torch.Tensor
     num_tokens_post_padded: torch.Tensor
+    finished: torch.Tensor
 
 
 @triton.jit
@@ -66,14 +68,16 @@ def _finish_expert(
     count,
     sorted_token_ids_ptr,
     expert_ids_ptr,
+    finished_ptr,
     num_slots,
     BLOCK_M: tl.constexpr,
     FILL: tl.constexpr,
 ):
-    """Write one expert's ``expert_ids`` and the padding behind its slots."""
+    """Write one expert's ``expert_ids``, the padding behind its slots, and that no tile of it is finished."""
     for start in range(0, num_blocks, FILL):
         block = start + tl.arange(0, FILL)
         tl.store(expert_ids_ptr + first_block + block, expert, mask=block < num_blocks)
+        tl.store(finished_ptr + first_block + block, 0, mask=block < num_blocks)
     row = (num_blocks - 1) * BLOCK_M + tl.arange(0, BLOCK_M)  # only the last block has padding
     rows = first_block * BLOCK_M + row
     # Without blocks, every ``row`` is negative and nothing is stored.
@@ -86,6 +90,7 @@ def _align_small(
     sorted_token_ids_ptr,
     expert_ids_ptr,
     num_tokens_post_padded_ptr,
+    finished_ptr,
     num_slots,
     E,
     PADDED_E: tl.constexpr,
@@ -115,6 +120,7 @@ def _align_small(
             count,
             sorted_token_ids_ptr,
             expert_ids_ptr,
+            finished_ptr,
             num_slots,
             BLOCK_M,
             FILL,
@@ -154,6 +160,7 @@ def _align_large(
     sorted_token_ids_ptr,
     expert_ids_ptr,
     num_tokens_post_padded_ptr,
+    finished_ptr,
     num_slots,
     num_chunks,
     E,
@@ -195,6 +202,7 @@ def _align_large(
             _pick(counts, owned, PADDED_E),
             sorted_token_ids_ptr,
             expert_ids_ptr,
+            finished_ptr,
             num_slots,
             BLOCK_M,
             FILL,
@@ -228,6 +236,7 @@ def align(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> Alignment:
         scratch((num_blocks * block_m,), torch.int32, device),
         scratch((num_blocks,), torch.int32, device),
         scratch((1,), torch.int32, device),
+        scratch((num_blocks,), torch.int32, device),
     )
     padded_e = max(
         16, triton.next_power_of_2(num_experts + 1)

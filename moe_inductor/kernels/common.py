@@ -21,6 +21,20 @@ def tile_order(tile, num_m, num_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def tiles_of_program(num_tiles, PERSISTENT: tl.constexpr):
+    """First, last and step of the tile numbers that this program walks.
+
+    Without PERSISTENT there is a program per possible tile, which walks one or none: a loop that the compiler can see
+    the end of needs fewer registers.
+    """
+    first = tl.program_id(0)
+    if PERSISTENT:
+        return first, num_tiles, tl.num_programs(0)
+    else:
+        return first, min(first + 1, num_tiles), 1
+
+
+@triton.jit
 def expert_address(
     weight_ptr,
     expert,

@@ -21,10 +21,16 @@ DECODE_REPEATED_BYTES = 16e6
 DECODE_PROGRAMS = 256
 # Rows per expert.  Up to SOME_ROWS they fit in a tile of 64, on the average; from there on an early start costs the
 # GEMMs more than it gains.  Below FEW_ROWS reading the weights is the cost, and small experts are better off with
-# tiles of 64 too; from there on programs walk the tiles of 128.
-SOME_ROWS, FEW_ROWS = 48, 96
-# H * I of small experts (OLMoE's have 2.1e6, gpt-oss's 8.3e6, DeepSeek-V3's, which are not small, 14.7e6).
-SMALL_EXPERT = 1e7
+# tiles of 64 too.  Up to MANY_ROWS it pays to fill up gate_up's last tiles with down's (``overlap.py``).
+SOME_ROWS, FEW_ROWS, MANY_ROWS = 48, 96, 160
+# Above that, it pays while there are few tiles of gate/up, and what all programs read of the weights of down, of so
+# many in-features, stays in L2 though they are not in step.
+FEW_TILES, DEEP_IN_L2 = 2112, 4096
+# H * I of an expert: OLMoE's 2.1e6; gpt-oss's 8.3e6, DeepSeek-V3's 14.7e6; Llama-4-Scout's 42e6, Mixtral's 59e6.
+SMALL_EXPERT, LARGE_EXPERT = 5e6, 2e7
+# Rows per expert from which on a tile of 64 rows is better off with 128 columns of gate and of up than with 64: of
+# small, of middling and of large experts.
+WIDE_FROM = 16, 28, 40
 # In-features from which a small tile of the down GEMM is deeper, where it is read by pointers.
 DEEP = 4096
 # What one tile for every T is chosen for: rows per expert.
@@ -78,10 +84,14 @@ class DecodePlan:
 
 @dataclasses.dataclass(frozen=True)
 class GroupedPlan:
-    """Both GEMMs read rows padded to the same BLOCK_M."""
+    """Both GEMMs read rows padded to the same BLOCK_M.
+
+    overlap: down runs beside the last tiles of gate_up (``overlap.py``).
+    """
 
     gate_up: GemmConfig
     down: GemmConfig
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         if self.gate_up.block_m != self.down.block_m:
@@ -156,7 +166,9 @@ def choose_plan(problem: Problem) -> Plan:
         return GroupedPlan(gemm, gemm)
     if not problem.has_large_shared_memory:
         return _portable_plan(block_m)
-    return GroupedPlan(_hopper_gate_up(problem, block_m), _hopper_down(problem, block_m))
+    return GroupedPlan(
+        _hopper_gate_up(problem, block_m), _hopper_down(problem, block_m), _overlap(problem)
+    )
 
 
 def router_plan(T: int, E: int, H: int, dtype: torch.dtype) -> RouterRows | RouterTiles | None:
@@ -259,8 +271,33 @@ def _block_m(problem: Problem) -> int:
         return 16
     if mean < 16:
         return 32
-    small = problem.H * problem.I < SMALL_EXPERT
-    return 64 if mean < (FEW_ROWS if small else SOME_ROWS) else 128
+    return 64 if mean < (FEW_ROWS if _is_small(problem) else SOME_ROWS) else 128
+
+
+def _is_small(problem: Problem) -> bool:
+    return problem.H * problem.I < SMALL_EXPERT
+
+
+def _is_wide(problem: Problem) -> bool:
+    """Has a tile of 64 rows 128 columns of gate and of up?"""
+    size = problem.H * problem.I
+    wide_from = WIDE_FROM[(size >= SMALL_EXPERT) + (size >= LARGE_EXPERT)]
+    rows = _rows_per_expert(problem)
+    return rows >= SOME_ROWS or (problem.gate_up_tma and problem.one_product and rows >= wide_from)
+
+
+def _overlap(problem: Problem) -> bool:
+    if problem.capability[0] != 9 or not (problem.gate_up_tma and problem.down_tma):
+        return False  # not measured
+    rows = _rows_per_expert(problem)
+    return rows < SOME_ROWS or (
+        not _is_small(problem) and (rows < MANY_ROWS or _has_few_tiles(problem))
+    )
+
+
+def _has_few_tiles(problem: Problem) -> bool:
+    row_blocks = problem.slots / 128 + problem.E / 2
+    return row_blocks * problem.I / 128 <= FEW_TILES and problem.I <= DEEP_IN_L2
 
 
 def _portable_plan(block_m: int) -> GroupedPlan:
@@ -286,14 +323,14 @@ def _hopper_gate_up(problem: Problem, block_m: int) -> GemmConfig:
         return GemmConfig(32, 64, 64, 4, 4, 6, weights_by_tma=True)
     if block_m == 32:
         return GemmConfig(32, 64, 128, 4, 4, 3, tma)
-    rows = _rows_per_expert(problem)
     # In a flattened loop, ptxas makes two products wait for each other (30 % slower).
     persistent = tma and problem.one_product
-    if block_m == 64 and rows >= SOME_ROWS:
+    rows = _rows_per_expert(problem)
+    if block_m == 64 and _is_wide(problem):
         return GemmConfig(64, 128, 64, 8, 8, 4, tma, persistent, early=False)
     if block_m == 64:
         return GemmConfig(64, 64, 128 if tma else 64, 4, 4, 4, tma, persistent)
-    if rows < FEW_ROWS:
+    if rows < FEW_ROWS and not (persistent and _overlap(problem)):
         return GemmConfig(128, 128, 64, 4, 8, 4, tma, early=False)
     return GemmConfig(128, 128, 64, 8, 8, 4, tma, persistent, early=False)
 
@@ -309,12 +346,20 @@ def _hopper_down(problem: Problem, block_m: int) -> GemmConfig:
         return GemmConfig(16, 64, 256, num_warps=4, num_stages=3, weights_by_tma=True)
     if block_m == 32:
         return GemmConfig(32, 128, 128, 4, 4, 4 if tma else 3, tma, persistent=tma)
-    rows = _rows_per_expert(problem)
-    if block_m == 64 and rows >= SOME_ROWS and problem.I >= 2048:  # gpt-oss's, not OLMoE's
-        return GemmConfig(64, 256, 64, 8, 4, 4, tma, persistent=tma, early=False)
+    rows, overlap = _rows_per_expert(problem), _overlap(problem)
+    # Beside gate_up, programs of one tile each are dealt out as multiprocessors come free.
+    persistent = tma and not overlap
     if block_m == 64 and rows >= SOME_ROWS:
-        return GemmConfig(64, 128, 128, 8, 4, 4, tma, persistent=tma, early=False)
+        return GemmConfig(64, 128, 128, 8, 4, 4, tma, persistent, early=False)
+    if block_m == 64 and _is_wide(problem):
+        block_n, block_k = (256, 64) if _is_small(problem) else (128, 128)
+        return GemmConfig(64, block_n, block_k, 8, 4, 4, tma, persistent, early=False)
     if block_m == 64:
-        return GemmConfig(64, 128, 128, 1, 4, 4, tma, persistent=tma)
-    persistent = tma and rows >= FEW_ROWS
+        return GemmConfig(64, 128, 128, 1, 4, 4, tma, persistent)
+    if rows < FEW_ROWS:
+        persistent = False
+    elif overlap:  # of many tiles the walk is worth more
+        persistent = rows >= (128 if _has_few_tiles(problem) else MANY_ROWS)
+    else:
+        persistent = tma
     return GemmConfig(128, 256, 64, 8, 8, 4 if tma else 3, tma, persistent, early=False)

@@ -8,10 +8,13 @@
     sorted_token_ids        rows             int32        align       _down
     expert_ids              rows / BLOCK_M   int32        align       _down
     num_tokens_post_padded  1                int32        align       _down
+    finished                rows / BLOCK_M   int32        gate_up     _down (if it overlaps)
     slot_outputs            T*k, H           model dtype  _down       combine
 
 Rows of padding in ``intermediate`` hold whatever was there before: rows of a matrix product do not mix, and the
 result of a padding row is not stored.
+
+GATE_UP_BLOCK_N is that of gate_up's tiles, where this kernel runs beside the last of them (overlap.py); else 0.
 """
 
 from __future__ import annotations
@@ -23,16 +26,18 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .align import Alignment
 from .box import box_of, expert_place, load_columns
-from .common import expert_address, load_bias, tile_order
+from .common import expert_address, load_bias, tile_order, tiles_of_program
 from .configs import GemmConfig
 from .early import begin, next_may_begin
 from .launch import launch
+from .overlap import wait_until_finished
 from .weights import Projection
 
 
 @triton.jit
 def _down_tile(
     m,
+    ready_m,
     n,
     intermediate_ptr,
     intermediate_box,
@@ -62,6 +67,7 @@ def _down_tile(
     NUM_STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """``ready_m`` is m, known when the row block is finished: ``intermediate`` is read by it, all else by ``m``."""
     expert = tl.load(expert_ids_ptr + m)
     rows = m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -69,12 +75,13 @@ def _down_tile(
     if USE_BOX:
         place = expert_place(weight_ptr, expert, FROM_TABLE)
         for start in tl.range(0, I, BLOCK_K, num_stages=NUM_STAGES):
-            a = intermediate_box.load([m * BLOCK_M, start])
+            a = intermediate_box.load([ready_m * BLOCK_M, start])
             w = load_columns(weight_box, place, n * BLOCK_N, start, BLOCK_N, BLOCK_K, TRANSPOSED)
             acc = tl.dot(a, w, acc)
     else:
         ks = tl.arange(0, BLOCK_K)
-        a_ptrs = intermediate_ptr + rows.to(tl.int64)[:, None] * stride_intermediate + ks[None, :]
+        ready = ready_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        a_ptrs = intermediate_ptr + ready.to(tl.int64)[:, None] * stride_intermediate + ks[None, :]
         base = expert_address(
             weight_ptr,
             expert,
@@ -124,6 +131,7 @@ def _down(
     sorted_token_ids_ptr,
     expert_ids_ptr,
     num_tokens_post_padded_ptr,
+    finished_ptr,
     num_slots,
     H,
     I,
@@ -145,16 +153,24 @@ def _down(
     PRECISION: tl.constexpr,
     PERSISTENT: tl.constexpr,
     EARLY: tl.constexpr,
+    GATE_UP_BLOCK_N: tl.constexpr,
+    NEXT_EARLY: tl.constexpr,
 ):
-    begin(EARLY)
-    next_may_begin(EARLY)
+    if GATE_UP_BLOCK_N == 0:  # else each row block is waited for
+        begin(EARLY)
+    next_may_begin(EARLY and NEXT_EARLY)
     num_m = tl.load(num_tokens_post_padded_ptr) // BLOCK_M
     num_n = tl.cdiv(H, BLOCK_N)
-    # Without PERSISTENT there is one program per possible tile, and the loop runs once or not at all.
-    for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=PERSISTENT):
+    first, last, step = tiles_of_program(num_m * num_n, PERSISTENT)
+    for tile in tl.range(first, last, step, flatten=PERSISTENT):
         m, n = tile_order(tile, num_m, num_n, GROUP_M)
+        ready_m = m
+        if GATE_UP_BLOCK_N:
+            gate_up_tiles = tl.cdiv(I, GATE_UP_BLOCK_N)
+            ready_m = wait_until_finished(finished_ptr, m, gate_up_tiles, EARLY)
         _down_tile(
             m,
+            ready_m,
             n,
             intermediate_ptr,
             intermediate_box,
@@ -195,8 +211,12 @@ def down(
     slot_outputs: torch.Tensor,
     config: GemmConfig,
     num_programs: int,
+    gate_up_block_n: int = 0,
 ) -> None:
-    """``topk_weights`` is None where the input was weighted."""
+    """``topk_weights`` is None where the input was weighted.
+
+    gate_up_block_n: of gate_up's tiles, where it was launched as ``overlapped``; else 0.
+    """
     num_slots, H = slot_outputs.shape
     I = intermediate_size
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
@@ -240,7 +260,9 @@ def down(
         NUM_STAGES=config.num_stages,
         PRECISION=config.precision,
         PERSISTENT=config.persistent,
-        early=config.early,
+        GATE_UP_BLOCK_N=gate_up_block_n,
+        NEXT_EARLY=config.early,
+        early=config.early or gate_up_block_n > 0,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

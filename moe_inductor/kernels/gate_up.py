@@ -7,6 +7,7 @@
     sorted_token_ids        rows                     int32        align       _gate_up
     expert_ids              rows / BLOCK_M           int32        align       _gate_up
     num_tokens_post_padded  1                        int32        align       _gate_up
+    finished                rows / BLOCK_M           int32        align: 0    _gate_up (if OVERLAPPED), down
     intermediate            rows, padded(I)          model dtype  _gate_up    down
 
 ``intermediate[r] = unit(gate_e x, up_e x)`` for the token x in sorted row r.  Rows of padding are not written.
@@ -26,11 +27,12 @@ from moe_inductor.unit import Unit
 
 from .align import Alignment
 from .box import box_of
-from .common import load_biases, tile_order
+from .common import load_biases, tile_order, tiles_of_program
 from .configs import GemmConfig
 from .early import begin, next_may_begin
 from .gate_up_products import multiply_boxes, multiply_pointers
 from .launch import launch
+from .overlap import finish_tile
 from .unit import evaluate
 from .weights import Projection, has_one_product, layout_of
 
@@ -170,6 +172,7 @@ def _gate_up(
     sorted_token_ids_ptr,
     expert_ids_ptr,
     num_tokens_post_padded_ptr,
+    finished_ptr,
     num_slots,
     k,
     H,
@@ -201,13 +204,14 @@ def _gate_up(
     PRECISION: tl.constexpr,
     PERSISTENT: tl.constexpr,
     EARLY: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ):
     begin(EARLY)
     next_may_begin(EARLY)
     num_m = tl.load(num_tokens_post_padded_ptr) // BLOCK_M
     num_n = tl.cdiv(I, BLOCK_N)
-    # Without PERSISTENT there is one program per possible tile, and the loop runs once or not at all.
-    for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=PERSISTENT):
+    first, last, step = tiles_of_program(num_m * num_n, PERSISTENT)
+    for tile in tl.range(first, last, step, flatten=PERSISTENT):
         m, n = tile_order(tile, num_m, num_n, GROUP_M)
         _gate_up_tile(
             m,
@@ -252,6 +256,8 @@ def _gate_up(
             NUM_STAGES,
             PRECISION,
         )
+        if OVERLAPPED:
+            finish_tile(finished_ptr, m, EARLY)
 
 
 def gate_up(
@@ -266,10 +272,12 @@ def gate_up(
     config: GemmConfig,
     num_programs: int,
     input_weights: torch.Tensor | None = None,
+    overlapped: bool = False,
 ) -> None:
     """``up`` is None when ``gate`` holds gate and up rows, or when there is no gate.
 
     input_weights: routing weights, where they scale the input.
+    overlapped: ``down`` runs beside the last tiles (``overlap.py``).
     """
     T, H = hidden_states.shape
     I = intermediate_size
@@ -323,7 +331,9 @@ def gate_up(
         NUM_STAGES=config.num_stages,
         PRECISION=config.precision,
         PERSISTENT=config.persistent,
-        early=config.early,
+        OVERLAPPED=overlapped,
+        early=config.early or overlapped,
+        first=not config.early,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

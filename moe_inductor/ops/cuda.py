@@ -338,8 +338,19 @@ def run_plan(
         plan.gate_up,
         num_programs,
         before,
+        plan.overlap,
     )
-    down(intermediate, I, down_, after, alignment, slot_outputs, plan.down, num_programs)
+    down(
+        intermediate,
+        I,
+        down_,
+        after,
+        alignment,
+        slot_outputs,
+        plan.down,
+        num_programs,
+        plan.gate_up.block_n if plan.overlap else 0,
+    )
     combine(slot_outputs, topk_ids, out, problem.E)
 
 

@@ -3,10 +3,12 @@
 The launches are recorded on meta tensors, so the shapes can be those of real models.
 """
 
+import dataclasses
 import pathlib
 import re
 import subprocess
 import tempfile
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from benchmarks.compiled import Launch, assembled, recording  # noqa: E402
-from moe_inductor.kernels import gate_up  # noqa: E402
+from moe_inductor.kernels import configs, gate_up  # noqa: E402
 from moe_inductor.ops import cuda  # noqa: E402
 from moe_inductor.ops.block import Block  # noqa: E402
 from moe_inductor.ops.check import Call, Routing  # noqa: E402
@@ -176,6 +178,7 @@ def products_and_waits(compiled):
 
 GPT_OSS = dict(E=32, k=4, H=2880, I=2880, unit=GATED["gpt-oss"][0], biased=True, interleaved=True)
 NEMOTRON = dict(E=128, k=6, H=2688, I=1856, unit="square(relu(g))", rows=1)
+GPT_OSS_SIZE = dict(E=32, k=4, H=2880, I=2880)
 LLAMA4 = dict(E=16, k=1, H=5120, I=8192, weight_on_input=True)
 VARIANTS = {
     "gpt_oss": GPT_OSS | {"transposed": True},
@@ -246,12 +249,41 @@ def test_early_kernels_touch_no_memory_before_they_have_waited(T, layout, record
     assert len(early) >= 6
     for launch in early:
         lines = launch.compile(GPUTarget("cuda", 90, 32)).asm["ptx"].splitlines()
+        if launch.meta.get("GATE_UP_BLOCK_N"):
+            continue  # below
         (waits,) = [i for i, line in enumerate(lines) if "griddepcontrol.wait" in line]
         touched = [i for i, line in enumerate(lines) if memory.search(line)]
         assert touched, launch.kernel
         assert waits < min(touched), (launch.kernel, lines[min(touched)])
         lets = [i for i, line in enumerate(lines) if "griddepcontrol.launch_dependents" in line]
         assert all(waits < i for i in lets)
+
+
+@pytest.mark.parametrize("T", [8, 128, 512])
+def test_down_beside_gate_up(T, record):
+    """It reads by TMA after it has seen that rows are finished, and both GEMMs are pipelined as they are without."""
+    pair = {}
+    for overlap in (True, False):
+
+        def choose(problem, overlap=overlap):
+            plan = configs.choose_plan(problem)
+            assert plan.overlap
+            return dataclasses.replace(plan, overlap=overlap)
+
+        with mock.patch.object(cuda, "choose_plan", choose):
+            launches = [one for one in record((9, 0), T, **GPT_OSS_SIZE) if "BLOCK_K" in one.meta]
+        pair[overlap] = [one.compile(GPUTarget("cuda", 90, 32)) for one in launches]
+        if overlap:
+            assert launches[1].meta["GATE_UP_BLOCK_N"] == launches[0].meta["BLOCK_N"]
+    gate_up_ptx, down_ptx = (compiled.asm["ptx"] for compiled in pair[True])
+    assert gate_up_ptx.count("red.release.gpu") >= 1
+    assert gate_up_ptx.rindex("st.global") < gate_up_ptx.rindex("red.release.gpu")
+    assert "griddepcontrol.wait" not in down_ptx
+    assert down_ptx.index("ld.acquire.gpu") < down_ptx.index("fence.proxy.async.global")
+    assert down_ptx.index("fence.proxy.async.global") < down_ptx.index("cp.async.bulk.tensor")
+    assert not any("red.release" in compiled.asm["ptx"] for compiled in pair[False])
+    for beside, alone in zip(pair[True], pair[False], strict=True):
+        assert beside.metadata.shared == alone.metadata.shared > 80_000
 
 
 TARGETS = [

@@ -39,6 +39,18 @@ def test_batch_invariant_plans(capability, dtype):
         assert len(set(invariant)) == 1
 
 
+def test_down_runs_beside_gate_up():
+    """Only where that was measured: on Hopper, with TMA, and not where small experts have many rows."""
+    grouped = [plan for plan in plans() if isinstance(plan, GroupedPlan)]
+    assert [plan.overlap for plan in grouped] == sorted((p.overlap for p in grouped), reverse=True)
+    assert {plan.overlap for plan in grouped} == {True, False}
+    for facts in ({"capability": (8, 0)}, {"capability": (10, 0)}, {"down_tma": False}):
+        assert not any(getattr(plan, "overlap", False) for plan in plans(**facts))
+    for plan in grouped:
+        # One tile each, so that who comes free first takes the next.
+        assert not (plan.overlap and plan.down.persistent and plan.down.block_m > 32)
+
+
 def test_router_in_tiles():
     """Enough programs for a GPU and not many more, no piece empty, no tile larger than what there is to multiply."""
     sizes = itertools.product((8, 9, 64, 300, 1024), (8, 16, 33, 128, 256), (130, 1088, 2048, 7168))

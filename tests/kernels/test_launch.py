@@ -469,9 +469,9 @@ def test_scratch_of_a_program_is_one_piece(log):
         log.clear()
         cuda.fused_experts(**draw(T=100))
     by_kernel = [addresses for *_, addresses in log]
-    (_, sorted_ids, expert_ids, count), slot_outputs = by_kernel[0], by_kernel[-1][0]
-    pieces = sorted({sorted_ids, expert_ids, count, slot_outputs, by_kernel[2][0]})
-    assert len(pieces) == 5
+    (_, *alignment), slot_outputs = by_kernel[0], by_kernel[-1][0]
+    pieces = sorted({*alignment, slot_outputs, by_kernel[2][0]})
+    assert len(pieces) == 6
     assert all((b - a) % 256 == 0 for a, b in itertools.pairwise(pieces))
 
 

@@ -16,6 +16,7 @@ def check(topk_ids: torch.Tensor, E: int, block_m: int) -> None:
     assert padded <= result.sorted_token_ids.numel()
     owners = [e for e, n in enumerate(blocks.tolist()) for _ in range(n)]
     assert result.expert_ids[: padded // block_m].tolist() == owners
+    assert not result.finished[: padded // block_m].any()
     rows = result.sorted_token_ids[:padded]
     # Stable: expert after expert, slots ascending, padding at the end of each expert.
     wanted = []

@@ -184,6 +184,23 @@ def test_plans_of_an_h200(layout, monkeypatch, poisoned_workspaces):
     assert [p.down.weights_by_tma for p in plans[1:]] == [d and not never for d in down]
 
 
+@pytest.mark.parametrize("persistent", [False, True])
+def test_every_tile_is_counted(persistent, monkeypatch, poisoned_workspaces):
+    """Where down runs beside gate_up, it waits for so many of each row block."""
+    config = GemmConfig(16, 16, 32, group_m=2, weights_by_tma=True, persistent=persistent)
+    weights = make_weights("stacked", 4, 32, 40, torch.float32)
+    x = torch.randn(30, 32)
+    topk_weights, topk_ids = random_routing(30, 4, 2)
+    aligned = []
+    align = cuda.align
+    monkeypatch.setattr(cuda, "align", lambda *args: aligned.append(align(*args)) or aligned[0])
+    plan = GroupedPlan(config, config, overlap=True)
+    got = run(plan, x, topk_ids, topk_weights, weights, monkeypatch)
+    assert_accurate(got, x, topk_ids, topk_weights, weights)
+    blocks = int(aligned[0].num_tokens_post_padded) // 16
+    assert aligned[0].finished[:blocks].tolist() == [3] * blocks  # 40 columns
+
+
 @pytest.mark.parametrize("plan", BOX)
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if "unaligned" not in name])
 def test_nothing_beside_the_weights_is_read(plan, layout, monkeypatch, poisoned_workspaces):
