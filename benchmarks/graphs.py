@@ -1,9 +1,9 @@
 """``python -m benchmarks.graphs``: whole Hugging Face blocks in CUDA graphs beside the fused ops alone, on the GPU.
 
 ``torch.compile(model, backend="moe_inductor", mode="reduce-overhead")`` of transformers' own Qwen3-MoE and Mixtral
-blocks, one and a model of eight, against ``topk_routing`` + ``fused_experts`` on the same tokens, against those behind
-the router's GEMM, and against the op that is all of these; each a CUDA graph that is replayed again and again.  And
-``mode="default"``, without graphs, where the host takes the time while there are few tokens.
+blocks, one and ``--depth`` of them, against ``topk_routing`` + ``fused_experts`` on the same tokens, against those
+behind the router's GEMM, and against the op that is all of these; each a CUDA graph that is replayed again and again.
+And ``mode="default"``, without graphs, where the host takes the time while there are few tokens.
 Before each replay torch copies the model's input into the graph's memory: once a model, not once a block.  Times are
 per block.  Results go to ``benchmarks/results/graphs.json`` or ``--out``.
 """
@@ -29,7 +29,9 @@ from .h200 import environment
 from .layers import BLOCKS, RESULTS, block_width, first
 
 TOKENS = (1, 8, 64, 512, 2048)
-BLOCKS_OF_MODEL = 8
+DEPTH = (
+    16  # Qwen3-30B-A3B has 48 blocks and Mixtral 32, of which so many fit beside the measurements
+)
 
 
 def replays_us(run: Callable[[], Any], calls: int = 30) -> float:
@@ -97,7 +99,7 @@ def measure(name: str, T: int, blocks: list[nn.Module]) -> dict[str, Any]:
     def all_whole() -> list[torch.Tensor]:
         return [whole(block) for block in blocks]
 
-    row: dict[str, Any] = {"block": name, "T": T}
+    row: dict[str, Any] = {"block": name, "T": T, "depth": len(blocks)}
     row["us_ops"] = replays_us(graph_of(all_ops).replay) / len(blocks)
     row["us_gate_and_ops"] = replays_us(graph_of(behind_gates).replay) / len(blocks)
     row["us_block_op"] = replays_us(graph_of(all_whole).replay) / len(blocks)
@@ -120,12 +122,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--blocks", nargs="+", default=["qwen3", "mixtral"])
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--depth", type=int, default=DEPTH, help="blocks of the model")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS / "graphs.json")
     options = parser.parse_args()
     command = " ".join(["python -m benchmarks.graphs", *sys.argv[1:]])
     result: dict[str, Any] = environment() | {"command": command, "blocks": []}
     for name in options.blocks:
-        blocks = [BLOCKS[name]() for _ in range(BLOCKS_OF_MODEL)]
+        blocks = [BLOCKS[name]() for _ in range(options.depth)]
         for T in options.tokens:
             result["blocks"].append(measure(name, T, blocks))
             print(result["blocks"][-1], flush=True)

@@ -244,14 +244,14 @@ def render_graphs(run: dict[str, Any]) -> list[str]:
         "library's GEMM and ops": "us_gate_and_ops",
         "one op": "us_block_op",
         "a model of one block": "us_block",
-        "a block in a model of eight": "us_block_of_model",
+        "a block in a model of so many": "us_block_of_model",
         "2 % and 3 us over the ops": "allowed_us",
         "no graphs: a model of one block": "us_default",
-        "no graphs: a block in a model of eight": "us_default_of_model",
+        "no graphs: a block in a model of so many": "us_default_of_model",
         "no graphs: one block, inductor": "us_default_inductor",
     }
     rows = [
-        [row["block"], str(row["T"])]
+        [row["block"], str(row["T"]), str(row.get("depth", 8))]
         + [number(row[name]) if name in row else "" for name in columns.values()]
         for row in run["blocks"]
     ]
@@ -260,16 +260,16 @@ def render_graphs(run: dict[str, Any]) -> list[str]:
         f" {run['dtype']}, {run['date']}. `{run['command'].split(' --out')[0]}`",
         "",
         "Unmodified blocks of transformers, us per block. *ops*: `topk_routing` and `fused_experts`, from the"
-        " router's logits, in a CUDA graph of their own, eight blocks after each other; behind the router's"
+        " router's logits, in a CUDA graph of their own, *depth* blocks after each other; behind the router's"
         " GEMM of cuBLAS; and as the one op that Inductor's code calls, the router's product included. Then"
-        ' the compiled model with `mode="reduce-overhead"`, one block and eight, and without graphs. What a'
+        ' the compiled model with `mode="reduce-overhead"`, one block and *depth* of them, and without graphs. What a'
         " call of a model with graphs has more than the op is torch's copy of the input into the graph's"
         " memory (5 us at T = 8, 15 us from T = 64 on, says the profiler), the gap before the graph, and at T"
         " = 1 of qwen3 the host, which cannot launch replays of one block as fast as the GPU runs them."
         " Without graphs it is the host that takes the time at few tokens.",
         "",
         *([run["note"], ""] if "note" in run else []),
-        *table(["block", "T", *columns], rows),
+        *table(["block", "T", "depth", *columns], rows),
     ]
 
 
