@@ -54,11 +54,12 @@ _TYPES = {
 
 
 class Launch(NamedTuple):
-    """One launch: the JIT function, its arguments, its constants and options."""
+    """One launch: the JIT function, its arguments, its constants and options; first: see ``launch.launch``."""
 
     kernel: Any
     args: tuple[Any, ...]
     meta: dict[str, Any]
+    first: bool = False
 
     def specialised(self) -> tuple[ASTSource, dict[str, Any]]:
         """Source and options as the JIT makes them: integers that are 1 or multiples of 16 are told to the compiler."""
@@ -102,7 +103,7 @@ def recording(
         kernel: Any, grid: Any, *args: Any, early: bool = True, first: bool = False, **meta: Any
     ) -> None:
         meta["EARLY"] = early and capability >= (9, 0)
-        launches.append(Launch(kernel, args, meta))
+        launches.append(Launch(kernel, args, meta, first))
 
     with contextlib.ExitStack() as stack:
         for module in MODULES:

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 
-def graph_us(call: Callable[[Any], Any], inputs: Sequence[Any], budget_ms: float = 150.0) -> float:
-    """us per call.  All inputs run in one CUDA graph; 7 to 40 replays, as the budget allows."""
+def graph_us(
+    call: Callable[[Any], Any], inputs: Sequence[Any], budget_ms: float = 150.0, least: int = 7
+) -> float:
+    """us per call.  All inputs run in one CUDA graph; ``least`` to 40 replays, as the budget allows."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -23,7 +25,7 @@ def graph_us(call: Callable[[Any], Any], inputs: Sequence[Any], budget_ms: float
         kept = [call(one) for one in inputs]  # alive, so that no result shares memory with the next
     first = _elapsed_ms(graph.replay)
     first = _elapsed_ms(graph.replay)
-    replays = int(min(40, max(7, budget_ms / max(first, 1e-3))))
+    replays = int(min(40, max(least, budget_ms / max(first, 1e-3))))
     times = [_elapsed_ms(graph.replay) for _ in range(replays)]
     del kept
     graph.reset()

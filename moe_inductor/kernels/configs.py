@@ -25,7 +25,7 @@ DECODE_PROGRAMS = 256
 SOME_ROWS, FEW_ROWS, MANY_ROWS = 48, 96, 160
 # Above that, it pays while there are few tiles of gate/up, and what all programs read of the weights of down, of so
 # many in-features, stays in L2 though they are not in step.
-FEW_TILES, DEEP_IN_L2 = 2112, 4096
+FEW_TILES, DEEP_IN_L2 = 16 * 132, 4096
 # H * I of an expert: OLMoE's 2.1e6; gpt-oss's 8.3e6, DeepSeek-V3's 14.7e6; Llama-4-Scout's 42e6, Mixtral's 59e6.
 SMALL_EXPERT, LARGE_EXPERT = 5e6, 2e7
 # Rows per expert from which on a tile of 64 rows is better off with 128 columns of gate and of up than with 64: of
@@ -53,7 +53,8 @@ class GemmConfig:
         groups, its weights are read twice: rare in groups of 8, where there are few experts.  In groups of 1 all of
         an expert's columns are walked before the next one's.
     persistent: one program per multiprocessor walks the tiles, in one flattened loop.
-    early: start before the kernel before has ended, and let the next one do so (``early.py``).
+    early: start before the kernel before has ended, and let the next one do so (``early.py``; a pair that overlaps
+        has its own rule for what happens between the two).
     """
 
     block_m: int
@@ -96,6 +97,8 @@ class GroupedPlan:
     def __post_init__(self) -> None:
         if self.gate_up.block_m != self.down.block_m:
             raise ValueError("gate_up and down must use one BLOCK_M")
+        if self.overlap and not (self.gate_up.weights_by_tma and self.down.weights_by_tma):
+            raise ValueError("gate_up and down overlap only where their weights come by TMA")
 
 
 Plan = DecodePlan | GroupedPlan
@@ -356,10 +359,5 @@ def _hopper_down(problem: Problem, block_m: int) -> GemmConfig:
         return GemmConfig(64, block_n, block_k, 8, 4, 4, tma, persistent, early=False)
     if block_m == 64:
         return GemmConfig(64, 128, 128, 1, 4, 4, tma, persistent)
-    if rows < FEW_ROWS:
-        persistent = False
-    elif overlap:  # of many tiles the walk is worth more
-        persistent = rows >= (128 if _has_few_tiles(problem) else MANY_ROWS)
-    else:
-        persistent = tma
-    return GemmConfig(128, 256, 64, 8, 8, 4 if tma else 3, tma, persistent, early=False)
+    walks = rows >= 128 and _has_few_tiles(problem) if overlap else tma and rows >= FEW_ROWS
+    return GemmConfig(128, 256, 64, 8, 8, 4 if tma else 3, tma, walks, early=False)

@@ -8,7 +8,7 @@
     sorted_token_ids        rows             int32        align       _down
     expert_ids              rows / BLOCK_M   int32        align       _down
     num_tokens_post_padded  1                int32        align       _down
-    finished                rows / BLOCK_M   int32        gate_up     _down (if it overlaps)
+    finished                rows / BLOCK_M   int32        align, ...  _down (if it overlaps)
     slot_outputs            T*k, H           model dtype  _down       combine
 
 Rows of padding in ``intermediate`` hold whatever was there before: rows of a matrix product do not mix, and the
@@ -30,7 +30,7 @@ from .common import expert_address, load_bias, tile_order, tiles_of_program
 from .configs import GemmConfig
 from .early import begin, next_may_begin
 from .launch import launch
-from .overlap import wait_until_finished
+from .overlap import after_overlap, wait_until_finished
 from .weights import Projection
 
 
@@ -200,6 +200,8 @@ def _down(
             NUM_STAGES,
             PRECISION,
         )
+    if GATE_UP_BLOCK_N:
+        after_overlap(EARLY)
 
 
 def down(

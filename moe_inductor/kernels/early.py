@@ -8,8 +8,7 @@ kernels, all of whose programs run at once: what waits beside them is placed une
 Why this is safe.  Each kernel waits first and lets the next start only after that.  So when a program begins, every
 kernel but the one before has ended and its writes can be seen; after the wait the same holds for that one.  The first
 kernel of a chain starts as launches do by themselves, after everything before it, and so does whatever follows a chain.
-One kernel does not wait: down beside gate_up (``overlap.py``), which reads nothing of gate_up's but what it has seen
-finished.  When it has ended, so has gate_up's work, so after combine's wait all of this holds again.
+One kernel waits at its end instead: down beside gate_up (``overlap.py``).
 Source: CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization".
 """
 

@@ -32,7 +32,7 @@ from .configs import GemmConfig
 from .early import begin, next_may_begin
 from .gate_up_products import multiply_boxes, multiply_pointers
 from .launch import launch
-from .overlap import finish_tile
+from .overlap import before_overlap, finish_tile
 from .unit import evaluate
 from .weights import Projection, has_one_product, layout_of
 
@@ -207,6 +207,8 @@ def _gate_up(
     OVERLAPPED: tl.constexpr,
 ):
     begin(EARLY)
+    if OVERLAPPED:
+        before_overlap(EARLY)
     next_may_begin(EARLY)
     num_m = tl.load(num_tokens_post_padded_ptr) // BLOCK_M
     num_n = tl.cdiv(I, BLOCK_N)

@@ -65,7 +65,7 @@ def launch(
     """Launch a Triton kernel through its JIT, and write it down if somebody records.
 
     early: start before the kernel before has ended, where the GPU can, and let the next one do so (``early.py``).
-    first: it only lets the next one do so.
+    first: of these two, only let the next one do so.
     """
     if "EARLY" in kernel.arg_names:
         meta["EARLY"] = early and starts_early(args[0])

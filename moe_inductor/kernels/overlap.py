@@ -13,13 +13,37 @@ Why nobody waits for ever: programs of down are placed only when every program o
 for is running, whatever else the GPU does.  Where launches do not overlap, everything is finished when down starts.
 
 Why what is read is what was written: the barrier puts a program's stores before its release, which down acquires.  TMA
-reads on a path of its own, which the proxy fence orders after that.  Source: PTX ISA, "Memory Consistency Model".
+reads on a path of its own, which the proxy fence orders after that.  What align wrote is put before the start of down
+by the fence of ``before_overlap``.  Source: PTX ISA, "Memory Consistency Model" and "griddepcontrol".
+
+Why combine may wait for down alone: one program of down waits for the end of gate_up before it ends.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from .early import begin
+
+
+@triton.jit
+def before_overlap(EARLY: tl.constexpr):
+    """In gate_up, before ``next_may_begin``: down shall see all that can be seen here.
+
+    One program does it, for down starts when all have called, and a fence costs each 0.2 us.
+    """
+    if EARLY and tl.program_id(0) == 0:
+        tl.inline_asm_elementwise(
+            "fence.acq_rel.gpu; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def after_overlap(EARLY: tl.constexpr):
+    """At the end of down: what waits for it shall wait for gate_up too."""
+    if tl.program_id(0) == tl.num_programs(0) - 1:
+        begin(EARLY)
 
 
 @triton.jit
@@ -71,4 +95,5 @@ def wait_until_finished(finished_ptr, m, num_tiles, EARLY: tl.constexpr):
             pack=1,
         )
     else:
+        tl.device_assert(tl.load(finished_ptr + m) == num_tiles, "not all tiles are finished")
         return m

@@ -116,7 +116,7 @@ def spilled_bytes(compiled):
 def test_sm90(T, shape, layout, record):
     if layout == "per_expert" and shape == "MIXTRAL":
         pytest.skip("the same kernels as QWEN3's")
-    for kernel, args, meta in record((9, 0), T, **globals()[shape], layout=layout):
+    for kernel, args, meta, _ in record((9, 0), T, **globals()[shape], layout=layout):
         compiled = compile_for(GPUTarget("cuda", 90, 32), kernel, args, meta)
         assert compiled.metadata.shared <= 227 * 1024
         assert not spilled_bytes(compiled), (kernel, meta)
@@ -193,7 +193,7 @@ VARIANTS = {
 @pytest.mark.parametrize("T", [1, 64, 4096])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_sm90_variants(variant, T, record):
-    for kernel, args, meta in record((9, 0), T, **VARIANTS[variant]):
+    for kernel, args, meta, _ in record((9, 0), T, **VARIANTS[variant]):
         compiled = compile_for(GPUTarget("cuda", 90, 32), kernel, args, meta)
         assert compiled.metadata.shared <= 227 * 1024
         assert not spilled_bytes(compiled), (kernel, meta)
@@ -205,14 +205,14 @@ def test_sm90_variants(variant, T, record):
 @pytest.mark.parametrize("T", [1, 4096])
 def test_variants_on_other_gpus(target, T, record):
     for name in ("gpt_oss", "nemotron", "gelu"):
-        for kernel, args, meta in record((0, 0), T, **VARIANTS[name]):
+        for kernel, args, meta, _ in record((0, 0), T, **VARIANTS[name]):
             assert compile_for(target, kernel, args, meta)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("T", [1, 64, 4096])
 def test_sm90_other_dtypes(T, dtype, record):
-    for kernel, args, meta in record((9, 0), T, **MIXTRAL, dtype=dtype):
+    for kernel, args, meta, _ in record((9, 0), T, **MIXTRAL, dtype=dtype):
         compiled = compile_for(GPUTarget("cuda", 90, 32), kernel, args, meta)
         assert compiled.metadata.shared <= 227 * 1024
         assert not spilled_bytes(compiled), (kernel, meta)
@@ -232,7 +232,7 @@ def test_sm90_other_dtypes(T, dtype, record):
 )
 @pytest.mark.parametrize("T", [1, 16, 4096])
 def test_other_gpus(target, capability, shared_kb, T, record):
-    for kernel, args, meta in record(capability, T, **MIXTRAL):
+    for kernel, args, meta, _ in record(capability, T, **MIXTRAL):
         compiled = compile_for(target, kernel, args, meta)
         assert compiled.metadata.shared <= shared_kb * 1024
 
@@ -250,7 +250,11 @@ def test_early_kernels_touch_no_memory_before_they_have_waited(T, layout, record
     for launch in early:
         lines = launch.compile(GPUTarget("cuda", 90, 32)).asm["ptx"].splitlines()
         if launch.meta.get("GATE_UP_BLOCK_N"):
-            continue  # below
+            # It waits for each row block on its own, and reads but what is older before.
+            first = next(i for i, line in enumerate(lines) if "ld.acquire.gpu" in line)
+            before = [line for line in lines[:first] if memory.search(line)]
+            assert all("ld.global" in line for line in before)
+            continue
         (waits,) = [i for i, line in enumerate(lines) if "griddepcontrol.wait" in line]
         touched = [i for i, line in enumerate(lines) if memory.search(line)]
         assert touched, launch.kernel
@@ -259,31 +263,54 @@ def test_early_kernels_touch_no_memory_before_they_have_waited(T, layout, record
         assert all(waits < i for i in lets)
 
 
-@pytest.mark.parametrize("T", [8, 128, 512])
-def test_down_beside_gate_up(T, record):
+# gpt-oss' T with what down is: programs of one tile, or walking the tiles, where a pipeline could read too early.
+@pytest.mark.parametrize(("T", "walks"), [(8, False), (64, True), (512, False), (1024, True)])
+@pytest.mark.parametrize("layout", ["stacked", "per_expert"])
+@pytest.mark.parametrize("storage", ["concatenated", "[in, out]"])
+def test_down_beside_gate_up(T, walks, layout, storage, record):
     """It reads by TMA after it has seen that rows are finished, and both GEMMs are pipelined as they are without."""
-    pair = {}
+    pair, firsts, plan = {}, {}, None
     for overlap in (True, False):
 
         def choose(problem, overlap=overlap):
+            nonlocal plan
             plan = configs.choose_plan(problem)
             assert plan.overlap
             return dataclasses.replace(plan, overlap=overlap)
 
+        facts = GPT_OSS_SIZE | {"layout": layout} | STORAGES.get(storage, {})
         with mock.patch.object(cuda, "choose_plan", choose):
-            launches = [one for one in record((9, 0), T, **GPT_OSS_SIZE) if "BLOCK_K" in one.meta]
+            launches = [one for one in record((9, 0), T, **facts) if "BLOCK_K" in one.meta]
         pair[overlap] = [one.compile(GPUTarget("cuda", 90, 32)) for one in launches]
-        if overlap:
-            assert launches[1].meta["GATE_UP_BLOCK_N"] == launches[0].meta["BLOCK_N"]
+        firsts[overlap] = [one.meta for one in launches]
+    assert firsts[True][1]["GATE_UP_BLOCK_N"] == firsts[True][0]["BLOCK_N"]
+    assert firsts[True][1]["PERSISTENT"] == walks
     gate_up_ptx, down_ptx = (compiled.asm["ptx"] for compiled in pair[True])
-    assert gate_up_ptx.count("red.release.gpu") >= 1
-    assert gate_up_ptx.rindex("st.global") < gate_up_ptx.rindex("red.release.gpu")
-    assert "griddepcontrol.wait" not in down_ptx
+
+    before, *counted = re.split(r"red\.release\.gpu[^\n]*", gate_up_ptx)
+    assert counted
+    assert re.search(r"fence\.acq_rel\.gpu[^@]*griddepcontrol.launch_dependents", before, re.DOTALL)
+    for stored in (before, *counted[:-1]):
+        # Every thread has stored, then one of them counts.
+        assert "bar.sync" in stored[stored.rindex("st.global") :]
+        assert re.search(r"bar\.sync\s+0;\s+@%?\w+\s+$", stored)
+
     assert down_ptx.index("ld.acquire.gpu") < down_ptx.index("fence.proxy.async.global")
     assert down_ptx.index("fence.proxy.async.global") < down_ptx.index("cp.async.bulk.tensor")
+    assert down_ptx.rindex("griddepcontrol.wait") > down_ptx.rindex("st.global")
+    assert ("griddepcontrol.launch_dependents" in down_ptx) == plan.down.early
     assert not any("red.release" in compiled.asm["ptx"] for compiled in pair[False])
     for beside, alone in zip(pair[True], pair[False], strict=True):
-        assert beside.metadata.shared == alone.metadata.shared > 80_000
+        assert beside.metadata.shared == alone.metadata.shared > 64 * 1024
+
+
+@pytest.mark.parametrize(("T", "late"), [(8, False), (512, True)])
+def test_gate_up_waits_as_launches_do_where_it_is_late(T, late, record):
+    """Though it lets down start."""
+    launches = record((9, 0), T, **GPT_OSS_SIZE)
+    (one,) = [launch for launch in launches if launch.kernel is gate_up._gate_up]
+    assert one.meta["EARLY"]
+    assert one.first == late
 
 
 TARGETS = [
@@ -360,6 +387,6 @@ def test_routers(name, target):
 
 def test_softmax_needs_no_more_than_it_did(record):
     """A softmax router compares logits, and computes an exp for each weight, not for each expert."""
-    kernel, args, meta = record((9, 0), 64, **QWEN3)[0]
+    kernel, args, meta, _ = record((9, 0), 64, **QWEN3)[0]
     ptx = compile_for(GPUTarget("cuda", 90, 32), kernel, args, meta).asm["ptx"]
     assert ptx.count("ex2.approx") <= 2

@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 
 from moe_inductor.kernels.configs import (
     DecodePlan,
+    GemmConfig,
     GroupedPlan,
     Problem,
     RouterRows,
@@ -44,11 +45,17 @@ def test_down_runs_beside_gate_up():
     grouped = [plan for plan in plans() if isinstance(plan, GroupedPlan)]
     assert [plan.overlap for plan in grouped] == sorted((p.overlap for p in grouped), reverse=True)
     assert {plan.overlap for plan in grouped} == {True, False}
-    for facts in ({"capability": (8, 0)}, {"capability": (10, 0)}, {"down_tma": False}):
+    for facts in (
+        {"capability": (8, 0)},
+        {"capability": (10, 0)},
+        {"gate_up_tma": False},
+        {"down_tma": False},
+        {"dtype": torch.float32},
+    ):
         assert not any(getattr(plan, "overlap", False) for plan in plans(**facts))
-    for plan in grouped:
-        # One tile each, so that who comes free first takes the next.
-        assert not (plan.overlap and plan.down.persistent and plan.down.block_m > 32)
+    by_pointers = GemmConfig(16, 32, 32)
+    with pytest.raises(ValueError, match="TMA"):
+        GroupedPlan(by_pointers, by_pointers, overlap=True)
 
 
 def test_router_in_tiles():

@@ -144,7 +144,7 @@ def test_down_waits_for_gate_up(layout, monkeypatch):
             overlap=True,
         )
         monkeypatch.setattr(cuda, "choose_plan", lambda problem, plan=plan: plan)
-        weights = make_weights(layout, 4, 8192, 64, bf16, "cuda")
+        weights = make_weights(layout, 4, 8192, 72, bf16, "cuda")
         x = torch.randn(60, 8192, device="cuda", dtype=bf16)
         topk_weights, topk_ids = random_routing(60, 4, 2, "cuda")
         torch.use_deterministic_algorithms(True, warn_only=True)  # workspaces are NaN

@@ -43,7 +43,7 @@ def test_large(E, slots, poisoned_workspaces):
     check(torch.randint(0, E, (slots, 1)), E, 128)
 
 
-@pytest.mark.parametrize("slots", [40, SMALL_SLOTS + 5])
+@pytest.mark.parametrize("slots", [40, SMALL_SLOTS + 5, 32 * 300])
 def test_one_expert_takes_all_and_int32_ids(slots, poisoned_workspaces):
     check(torch.full((slots, 1), 4, dtype=torch.int32), 11, 32)
 
