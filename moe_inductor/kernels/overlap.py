@@ -95,5 +95,4 @@ def wait_until_finished(finished_ptr, m, num_tiles, EARLY: tl.constexpr):
             pack=1,
         )
     else:
-        tl.device_assert(tl.load(finished_ptr + m) == num_tiles, "not all tiles are finished")
         return m

@@ -289,7 +289,8 @@ def test_down_beside_gate_up(T, walks, layout, storage, record):
 
     before, *counted = re.split(r"red\.release\.gpu[^\n]*", gate_up_ptx)
     assert counted
-    assert re.search(r"fence\.acq_rel\.gpu[^@]*griddepcontrol.launch_dependents", before, re.DOTALL)
+    order = "griddepcontrol.wait", "fence.acq_rel.gpu", "griddepcontrol.launch_dependents"
+    assert sorted(order, key=before.index) == list(order)
     for stored in (before, *counted[:-1]):
         # Every thread has stored, then one of them counts.
         assert "bar.sync" in stored[stored.rindex("st.global") :]

@@ -2,7 +2,7 @@ import pytest
 import torch
 from moe_oracle import LAYOUTS, assert_accurate, make_weights, random_routing
 
-from moe_inductor.kernels import configs
+from moe_inductor.kernels import configs, down
 from moe_inductor.kernels.configs import DecodePlan, GemmConfig, GemvConfig, GroupedPlan
 from moe_inductor.ops import cuda
 
@@ -194,11 +194,19 @@ def test_every_tile_is_counted(persistent, monkeypatch, poisoned_workspaces):
     aligned = []
     align = cuda.align
     monkeypatch.setattr(cuda, "align", lambda *args: aligned.append(align(*args)) or aligned[0])
+    waits = set()
+
+    def wait(finished_ptr, m, num_tiles, EARLY):
+        waits.add((m.handle.data.item(), num_tiles.handle.data.item()))
+        return m
+
+    monkeypatch.setattr(down, "wait_until_finished", wait)
     plan = GroupedPlan(config, config, overlap=True)
     got = run(plan, x, topk_ids, topk_weights, weights, monkeypatch)
     assert_accurate(got, x, topk_ids, topk_weights, weights)
     blocks = int(aligned[0].num_tokens_post_padded) // 16
     assert aligned[0].finished[:blocks].tolist() == [3] * blocks  # 40 columns
+    assert waits == {(m, 3) for m in range(blocks)}
 
 
 @pytest.mark.parametrize("plan", BOX)
