@@ -1,6 +1,7 @@
 """``python -m benchmarks.tune``: time tile candidates of each kernel.  For whoever edits kernels/configs.py.
 
 Prints, per shape, T and kernel, the fastest candidates per BLOCK_M.  Not run by users: configs.py ships the result.
+Each kernel is timed alone: what down gains beside gate_up (kernels/overlap.py) is not seen here, but in whole blocks.
 """
 
 from __future__ import annotations
