@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from typing import Any
+
+import pytest
 
 # Our internal errors fail the test that meets them instead of falling back to stock Inductor.
 os.environ.setdefault("MOE_INDUCTOR_RAISE", "1")
@@ -13,3 +16,21 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 # These run in a process of their own, started by kernels/test_interpreter.py: the interpreter is chosen at import.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") else ["kernels/interpreter"]
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """The tests of one spelling's constants on one worker, so that its samples are compiled there alone.
+
+    By their names: xdist 3.8 tells groups by a suffix that it cannot give to the tests of pytest 9.2.
+    """
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, test = nodeid.partition("::")
+            return test.partition("[")[2] if file.endswith("patterns/test_constants.py") else nodeid
+
+    return Scheduling(config, log)

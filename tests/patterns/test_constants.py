@@ -60,12 +60,8 @@ class Proved:
         return [args[-1] for _, args in self.assumed]
 
 
-def _of_one_worker(spelling: ExpertsSpelling) -> Any:
-    """Its tests in one process, so that its samples are compiled there alone."""
-    return pytest.param(spelling, id=spelling.name, marks=pytest.mark.xdist_group(spelling.name))
-
-
-@pytest.fixture(scope="module", params=map(_of_one_worker, SPELLINGS))
+# The tests of one spelling run in one process (tests/conftest.py), so that its samples are compiled there alone.
+@pytest.fixture(scope="module", params=SPELLINGS, ids=lambda spelling: spelling.name)
 def proved(request) -> Proved:
     """Every sample compiled once, in the last of its dtypes."""
     spelling = request.param
