@@ -29,9 +29,7 @@ from .h200 import environment
 from .layers import BLOCKS, RESULTS, block_width, first
 
 TOKENS = (1, 8, 64, 512, 2048)
-DEPTH = (
-    16  # Qwen3-30B-A3B has 48 blocks and Mixtral 32, of which so many fit beside the measurements
-)
+DEPTH = 16  # of the 48 blocks of Qwen3-30B-A3B and the 32 of Mixtral 8x7B
 
 
 def replays_us(run: Callable[[], Any], calls: int = 30) -> float:

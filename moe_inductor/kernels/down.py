@@ -1,15 +1,15 @@
 """Grouped down GEMM: adds the bias, multiplies by the routing weight and scatters each row to its slot.
 
-    array                   shape            dtype        written by  read by
-    intermediate            rows, padded(I)  model dtype  gate_up     _down
-    down weight             [E][H, I]        model dtype  caller      _down
-    bias                    E, H             model dtype  caller      _down (if there is one)
-    topk_weights            T*k              float        caller      _down (not if they weight the input)
-    sorted_token_ids        rows             int32        align       _down
-    expert_ids              rows / BLOCK_M   int32        align       _down
-    num_tokens_post_padded  1                int32        align       _down
-    finished                rows / BLOCK_M   int32        align, ...  _down (if it overlaps)
-    slot_outputs            T*k, H           model dtype  _down       combine
+    array                   shape            dtype        written by      read by
+    intermediate            rows, padded(I)  model dtype  gate_up         _down
+    down weight             [E][H, I]        model dtype  caller          _down
+    bias                    E, H             model dtype  caller          _down (if there is one)
+    topk_weights            T*k              float        caller          _down (not if they weight the input)
+    sorted_token_ids        rows             int32        align           _down
+    expert_ids              rows / BLOCK_M   int32        align           _down
+    num_tokens_post_padded  1                int32        align           _down
+    finished                rows / BLOCK_M   int32        align, gate_up  _down (if it overlaps)
+    slot_outputs            T*k, H           model dtype  _down           combine
 
 Rows of padding in ``intermediate`` hold whatever was there before: rows of a matrix product do not mix, and the
 result of a padding row is not stored.

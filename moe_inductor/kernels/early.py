@@ -31,7 +31,8 @@ def begin(EARLY: tl.constexpr):
 
 @triton.jit
 def next_may_begin(EARLY: tl.constexpr):
-    """Let the next kernel start when all programs have come here or have ended.  Only after ``begin``."""
+    """Let the next kernel start when all programs have come here or have ended.  Only after ``begin``, but for
+    ``overlap.py``."""
     if EARLY:
         gdc_launch_dependents()
 

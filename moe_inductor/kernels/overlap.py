@@ -16,7 +16,8 @@ Why what is read is what was written: the barrier puts a program's stores before
 reads on a path of its own, which the proxy fence orders after that.  What align wrote is put before the start of down
 by the fence of ``before_overlap``.  Source: PTX ISA, "Memory Consistency Model" and "griddepcontrol".
 
-Why combine may wait for down alone: one program of down waits for the end of gate_up before it ends.
+Why combine may start beside down and wait for it alone: it touches nothing before its wait, and one program of down
+waits for the end of gate_up before it ends.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from .early import begin
 def before_overlap(EARLY: tl.constexpr):
     """In gate_up, before ``next_may_begin``: down shall see all that can be seen here.
 
-    One program does it, for down starts when all have called, and a fence costs each 0.2 us.
+    One program is enough, for down starts when all have called.
     """
     if EARLY and tl.program_id(0) == 0:
         tl.inline_asm_elementwise(
