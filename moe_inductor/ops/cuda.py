@@ -34,6 +34,7 @@ from moe_inductor.kernels.router_logits import router_logits
 from moe_inductor.kernels.router_pieces import router_pieces
 from moe_inductor.kernels.routing import topk_routing as _topk_routing
 from moe_inductor.kernels.weights import (
+    Listed,
     Projection,
     Stored,
     come_by_tma,
@@ -72,31 +73,37 @@ def topk_routing(
 class _Experts(NamedTuple):
     """What the kernels read of the experts, as ``Programs`` wants to know it.
 
-    biases: of gate (or of gate and up), of up and of down, each [E, out] or None.
+    tensors: of gate (or gate and up), of up and of down ``Stored.tensor`` and ``Stored.lowest``; then the biases of
+        the three, each [E, out].  None where there is none.
+    of_lists: ``Stored.of_list`` of the three.
     """
 
-    gate: Stored
-    up: Stored | None
-    down: Stored
-    biases: list[torch.Tensor | None]
+    tensors: list[torch.Tensor | None]
+    of_lists: tuple[Listed | None, ...]
 
     @staticmethod
     def of(
         gate_up_proj: Weights, up_proj: Weights, down_proj: Weights, *biases: Weights
     ) -> _Experts:
-        gate, down_ = Stored.of(gate_up_proj), Stored.of(down_proj)
-        up = Stored.of(up_proj) if up_proj else None
-        return _Experts(gate, up, down_, [stacked_bias(b) if b else None for b in biases])
+        gate, gate_lowest, gate_list = Stored.of(gate_up_proj)
+        up, up_lowest, up_list = Stored.of(up_proj) if up_proj else (None, None, None)
+        down_, down_lowest, down_list = Stored.of(down_proj)
+        tensors = [gate, gate_lowest, up, up_lowest, down_, down_lowest]
+        for bias in biases:
+            tensors.append(stacked_bias(bias) if bias else None)
+        return _Experts(tensors, (gate_list, up_list, down_list))
 
-    @property
-    def of_lists(self) -> tuple[Any, ...]:
-        return self.gate.of_list, self.up.of_list if self.up else None, self.down.of_list
-
-    @property
-    def tensors(self) -> tuple[torch.Tensor | None, ...]:
-        projections = (self.gate, self.up, self.down)
-        tensors = [t for p in projections for t in ((p.tensor, p.lowest) if p else (None, None))]
-        return *tensors, *self.biases
+    def projections(self, interleaved: bool) -> tuple[Projection, Projection | None, Projection]:
+        """gate (or gate and up), up, down."""
+        gate, gate_lowest, up, up_lowest, down_, down_lowest, *biases = self.tensors
+        gate_list, up_list, down_list = self.of_lists
+        assert gate is not None
+        assert down_ is not None
+        return (
+            Projection.of(Stored(gate, gate_lowest, gate_list), biases[0], interleaved),
+            None if up is None else Projection.of(Stored(up, up_lowest, up_list), biases[1]),
+            Projection.of(Stored(down_, down_lowest, down_list), biases[2]),
+        )
 
 
 def fused_experts(
@@ -224,10 +231,7 @@ def _fused_experts(
         raise NotImplementedError(f"activation {unit.text}: no fp64 on a GPU")
     if hidden_states.dtype not in DTYPES:
         raise NotImplementedError(f"dtype {hidden_states.dtype}")
-    gate_bias, up_bias, down_bias = experts.biases
-    gate = Projection.of(experts.gate, gate_bias, interleaved)
-    up = Projection.of(experts.up, up_bias) if experts.up else None
-    down_ = Projection.of(experts.down, down_bias)
+    gate, up, down_ = experts.projections(interleaved)
     for projection in (gate, up or gate, down_):
         if projection.dtype != hidden_states.dtype:
             raise NotImplementedError(
