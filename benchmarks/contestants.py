@@ -128,8 +128,11 @@ def quack(shape: Shape, weights: Weights) -> Block:
 
     gate_up, down = weights.gate_up.permute(1, 2, 0), weights.down.permute(1, 2, 0)
 
+    device = weights.gate_up.device
+    tuned: set[int] = set()
+
     @torch.no_grad()
-    def block(one: Inputs) -> torch.Tensor:
+    def layer(one: Inputs) -> torch.Tensor:
         given = types.SimpleNamespace(linear=lambda x, router_weight: one.router_logits)
         with mock.patch.object(functional, "F", given):
             out, *_ = functional.moe_TC_softmax_topk_layer(
@@ -148,9 +151,18 @@ def quack(shape: Shape, weights: Weights) -> Block:
             )
         return out
 
-    # Its weighted sum is tuned once per H and k, at whatever T comes first.  The cells' data must not depend on it.
-    with torch.random.fork_rng([weights.gate_up.device]):
-        block(make_inputs(shape, 2048, str(weights.gate_up.device), weights.gate_up.dtype)[0])
+    def block(one: Inputs) -> torch.Tensor:
+        T = one.hidden_states.shape[0]
+        if T in tuned:
+            return layer(one)
+        tuned.add(T)
+        # Tuning draws random numbers, on which the cells' data must not depend.
+        with torch.random.fork_rng([device]):
+            return layer(one)
+
+    # Its weighted sum is tuned once per H and k, at whatever T comes first.
+    with torch.random.fork_rng([device]):
+        block(make_inputs(shape, 2048, str(device), weights.gate_up.dtype)[0])
     return block
 
 

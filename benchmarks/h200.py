@@ -1,8 +1,9 @@
 """``python -m benchmarks.h200``: us against every installed peer, Hugging Face grouped_mm under torch.compile among
 them, and the eager loop.
 
-Per cell (shape, T), in one run: the output of 32 tokens is compared with fp64, then every contestant is timed, in as
-many rounds as there are, of which the median counts.
+Per cell (shape, T), in one run: the output of 32 tokens is compared with fp64, then every contestant is timed.  Fused
+kernels in rounds of balanced order, each behind 80 ms of itself, of which the median counts; Hugging Face's, which are
+not near them, once.
 All run in a CUDA graph over rotating inputs, each with its own skewed routing; only the eager loop synchronises with
 the host, so it runs on a stream.  Peers that are not installed are left out and named in the results.  Results are
 written after every cell, to ``benchmarks/results/h200.json`` or ``--out``; ``python -m benchmarks.tables`` makes
@@ -36,10 +37,11 @@ from .cells import (
     make_weights,
 )
 from .contestants import PEERS, Block, hugging_face, ours, ours_per_expert, reference
-from .timing import graph_us, stream_us
+from .timing import balanced_orders, graph_us, stream_us
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 CHECKED_ROWS = 32
+WARM_MS = 80.0
 
 
 def rmse(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -82,15 +84,17 @@ def measure(
     }
     accepted = 2 * cell["rmse_hf_eager"] + 1e-5
     cell["accepted"] = cell["rmse_ours"] <= accepted
-    names = [name for name in blocks if name != "hf_eager"]
-    # A round for each contestant to be first in: the clock comes up from idle, falls while the card is at its power
-    # limit, and at times is lower by a third for a while.
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for first in range(len(names)):
-        for name in names[first:] + names[:first]:
-            times[name].append(graph_us(blocks[name], inputs, 150 / len(names), least=3))
+    # Rounds: the clock comes up from idle, falls while the card is at its power limit (and comes up again behind what
+    # leaves it idle), and at times is lower by a third for a while.
+    orders = balanced_orders([name for name in blocks if not name.startswith("hf_")])
+    times: dict[str, list[float]] = {name: [] for name in orders[0]}
+    for name in (name for order in orders for name in order):
+        us = graph_us(blocks[name], inputs, 150 / len(orders), least=3, warm_ms=WARM_MS)
+        times[name].append(us)
     cell["us"] = {name: statistics.median(some) for name, some in times.items()}
     cell["us_of_rounds"] = {name: [round(us, 1) for us in some] for name, some in times.items()}
+    if "hf_compiled" in blocks:
+        cell["us"]["hf_compiled"] = graph_us(blocks["hf_compiled"], inputs, warm_ms=WARM_MS)
     if time_eager:
         cell["us"]["hf_eager"] = stream_us(blocks["hf_eager"], inputs, rounds=1)
     cell["roofline_fraction"] = floor / cell["us"]["ours"]
