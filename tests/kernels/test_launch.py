@@ -25,6 +25,7 @@ from moe_inductor.kernels import (
     down,
     gate_up,
     launch,
+    program,
     router_logits,
     router_pieces,
     routing,
@@ -405,9 +406,12 @@ def test_facts_of_the_routing_make_another_program(log):
         {"scale": 2.0},
         {"score": "sigmoid"},
         {"bias": torch.randn(E).bfloat16()},
-    ) * 2:
+        {"groups": 2, "fill": float("-inf")},
+    ) * 3:
+        log.clear()
         cuda.fused_moe(*block(draw(), **facts))
-    assert len(cuda._PROGRAMS) == 4
+    assert len(cuda._PROGRAMS) == 5
+    assert kinds(log) == {"repeated"}
 
 
 def test_facts_of_the_experts_make_another_program(log):
@@ -415,6 +419,62 @@ def test_facts_of_the_experts_make_another_program(log):
     for facts in (*options, {"activation": "gelu"}, {"out_dtype": torch.float32}) * 2:
         cuda.fused_moe(*block(draw() | facts))
     assert len(cuda._PROGRAMS) == 6
+
+
+class Like:
+    """As much of a tensor as a program asks for, with some facts of its own."""
+
+    def __init__(self, tensor, device=None, strides=None, offset=0, **facts):
+        self.shape, self.dtype = tensor.shape, tensor.dtype
+        self.__dict__.update(facts)
+        self.data_ptr = lambda: tensor.data_ptr() + offset
+        self.stride = lambda: strides or tensor.stride()
+        self.get_device = lambda: tensor.get_device() if device is None else device
+
+
+@pytest.mark.parametrize("index", range(5))
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"shape": torch.Size([7])},
+        {"strides": (1,)},
+        {"dtype": torch.float64},
+        {"device": 1},
+        {"offset": 8},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_every_fact_of_every_input_is_compared(other, index, log):
+    call = biased(draw())
+    for _ in range(2):
+        cuda.fused_experts(**call)
+    ((written,),) = cuda._PROGRAMS._programs.values()
+    experts = cuda._Experts.of(call["gate_up_proj"], [], call["down_proj"], call["gate_up_bias"])
+    inputs = [*list(call.values())[:3], *experts.tensors, None, call["down_bias"][0]]
+    log.clear()
+    assert written.run(*(None if t is None else Like(t) for t in inputs)) is not None
+    assert kinds(log) == {"repeated"}
+    log.clear()
+    places = [i for i, tensor in enumerate(inputs) if tensor is not None]
+    inputs[places[index]] = Like(inputs[places[index]], **other)
+    assert written.run(*inputs) is None
+    inputs[places[index]] = None
+    assert written.run(*inputs) is None
+    assert not log
+
+
+@pytest.mark.parametrize("what", ["results", "scratch"])
+def test_memory_that_is_not_aligned_is_not_used(what, log, monkeypatch):
+    def empty(sizes, strides, dtype):
+        memory = torch.empty(sizes, dtype=dtype)
+        return unaligned(memory) if (dtype is torch.uint8) == (what == "scratch") else memory
+
+    monkeypatch.setattr(program, "empty_on", lambda device: empty)
+    for _ in range(3):
+        log.clear()
+        cuda.fused_experts(**draw())
+    assert len(cuda._PROGRAMS) == 1
+    assert kinds(log) == {"jit"}
 
 
 def test_one_weight_twice_is_not_two_weights(log):
