@@ -77,6 +77,17 @@ class Keeps:
             self.launch(*given)
         elif self.how == "other order":
             self.launch(*given[::-1])
+        elif self.how == "hands on":
+            self.launch("more", *given)
+
+
+@pytest.mark.parametrize("size", ["global_scratch_size", "profile_scratch_size"])
+def test_what_may_allocate_is_called_itself(size):
+    one = Keeps("hands on")
+    given = arguments(object(), object())
+    assert call_of(one, given) != (one, given)
+    setattr(one, size, 16)
+    assert call_of(one, given) == (one, given)
 
 
 @pytest.mark.parametrize("how", ["takes one", "looks", "twice", "other order", "nothing"])
