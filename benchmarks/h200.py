@@ -2,8 +2,8 @@
 them, and the eager loop.
 
 Per cell (shape, T), in one run: the output of 32 tokens is compared with fp64, then every contestant is timed.  Fused
-kernels in rounds of balanced order, each behind 80 ms of itself, of which the median counts; Hugging Face's, which are
-not near them, once.
+kernels in many short rounds, of which the median counts (``timing.rounds_us``); Hugging Face's, which are not near
+them, once.
 All run in a CUDA graph over rotating inputs, each with its own skewed routing; only the eager loop synchronises with
 the host, so it runs on a stream.  Peers that are not installed are left out and named in the results.  Results are
 written after every cell, to ``benchmarks/results/h200.json`` or ``--out``; ``python -m benchmarks.tables`` makes
@@ -16,6 +16,7 @@ import argparse
 import datetime
 import json
 import pathlib
+import random
 import statistics
 import sys
 import time
@@ -37,11 +38,10 @@ from .cells import (
     make_weights,
 )
 from .contestants import PEERS, Block, hugging_face, ours, ours_per_expert, reference
-from .timing import balanced_orders, graph_us, stream_us
+from .timing import graph_us, rounds_us, stream_us
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 CHECKED_ROWS = 32
-WARM_MS = 80.0
 
 
 def rmse(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -69,7 +69,12 @@ def check(
 
 
 def measure(
-    shape: Shape, T: int, weights: Weights, blocks: dict[str, Block], time_eager: bool = True
+    shape: Shape,
+    T: int,
+    weights: Weights,
+    blocks: dict[str, Block],
+    orders: random.Random,
+    time_eager: bool = True,
 ) -> dict[str, Any]:
     inputs = make_inputs(shape, T)
     active = active_experts(shape, inputs)
@@ -84,17 +89,12 @@ def measure(
     }
     accepted = 2 * cell["rmse_hf_eager"] + 1e-5
     cell["accepted"] = cell["rmse_ours"] <= accepted
-    # Rounds: the clock comes up from idle, falls while the card is at its power limit (and comes up again behind what
-    # leaves it idle), and at times is lower by a third for a while.
-    orders = balanced_orders([name for name in blocks if not name.startswith("hf_")])
-    times: dict[str, list[float]] = {name: [] for name in orders[0]}
-    for name in (name for order in orders for name in order):
-        us = graph_us(blocks[name], inputs, 150 / len(orders), least=3, warm_ms=WARM_MS)
-        times[name].append(us)
+    fused = {name: block for name, block in blocks.items() if not name.startswith("hf_")}
+    times = rounds_us(fused, inputs, orders)
     cell["us"] = {name: statistics.median(some) for name, some in times.items()}
     cell["us_of_rounds"] = {name: [round(us, 1) for us in some] for name, some in times.items()}
     if "hf_compiled" in blocks:
-        cell["us"]["hf_compiled"] = graph_us(blocks["hf_compiled"], inputs, warm_ms=WARM_MS)
+        cell["us"]["hf_compiled"] = graph_us(blocks["hf_compiled"], inputs)
     if time_eager:
         cell["us"]["hf_eager"] = stream_us(blocks["hf_eager"], inputs, rounds=1)
     cell["roofline_fraction"] = floor / cell["us"]["ours"]
@@ -114,6 +114,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    orders = random.Random(0)
     run = {**environment(), **ceilings(), "missing": {}, "cells": []}
     started = time.monotonic()
     for shape in SHAPES:
@@ -138,7 +139,7 @@ def main() -> None:
                     run["missing"][name] = f"{type(error).__name__}: {error}"
         blocks = {n: b for n, b in blocks.items() if n in only or n == "hf_eager"}
         for T in arguments.tokens:
-            cell = measure(shape, T, weights, blocks, "hf_eager" in only)
+            cell = measure(shape, T, weights, blocks, orders, "hf_eager" in only)
             run["cells"].append(cell)
             run["seconds"] = round(time.monotonic() - started, 1)
             arguments.out.parent.mkdir(parents=True, exist_ok=True)

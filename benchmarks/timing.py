@@ -3,60 +3,78 @@
 from __future__ import annotations
 
 import math
+import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+Call = Callable[[Any], Any]
 
-def graph_us(
-    call: Callable[[Any], Any],
-    inputs: Sequence[Any],
-    budget_ms: float = 150.0,
-    least: int = 7,
-    warm_ms: float = 0.0,
-) -> float:
-    """us per call.  All inputs run in one CUDA graph; ``least`` to 40 replays, as the budget allows.
 
-    warm_ms: time of replays before them.  At its power limit the card's clock goes by what ran in the last tens of
-    milliseconds: without them, by what was measured before this.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for one in inputs[:2]:
-            call(one)
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [call(one) for one in inputs]  # alive, so that no result shares memory with the next
-    first = _elapsed_ms(graph.replay)
-    first = _elapsed_ms(graph.replay)
-    for _ in range(math.ceil(warm_ms / max(first, 1e-3))):
-        graph.replay()
-    torch.cuda.synchronize()
-    replays = int(min(40, max(least, budget_ms / max(first, 1e-3))))
-    times = [_elapsed_ms(graph.replay) for _ in range(replays)]
-    del kept
-    graph.reset()
+class _Captured:
+    """Calls over all inputs as one CUDA graph, run twice.  ms: what the second replay took."""
+
+    def __init__(self, call: Call, inputs: Sequence[Any]) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for one in inputs[:2]:
+                call(one)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            # Alive, so that no result shares memory with the next.
+            self.kept = [call(one) for one in inputs]
+        self.ms = _elapsed_ms(self.graph.replay)
+        self.ms = _elapsed_ms(self.graph.replay)
+
+    def replay(self, times: int) -> None:
+        for _ in range(times):
+            self.graph.replay()
+
+
+def graph_us(call: Call, inputs: Sequence[Any], budget_ms: float = 150.0) -> float:
+    """us per call.  All inputs run in one CUDA graph; 7 to 40 replays, as the budget allows."""
+    captured = _Captured(call, inputs)
+    replays = int(min(40, max(7, budget_ms / max(captured.ms, 1e-3))))
+    times = [_elapsed_ms(captured.graph.replay) for _ in range(replays)]
+    captured.graph.reset()
     return 1e3 * statistics.median(times) / len(inputs)
 
 
-def balanced_orders(names: Sequence[str]) -> list[list[str]]:
-    """Orders of all names in which each is as often first, and as often right behind each other one.
+def rounds_us(
+    calls: Mapping[str, Call],
+    inputs: Sequence[Any],
+    orders: random.Random,
+    rounds: int = 12,
+    warm_ms: float = 20.0,
+    timed_ms: float = 12.0,
+) -> dict[str, list[float]]:
+    """us per call of several contestants in each of many short rounds, of which the median is to be taken.
 
-    As many as names where that is even, else twice as many.  Source: E. J. Williams, "Experimental designs balanced for
-    the estimation of residual effects of treatments", Australian Journal of Scientific Research A 2 (1949).
+    At its power limit a card's clock goes by what ran in the last tens of milliseconds, and falls by 10 to 30 % for a
+    moment again and again (seen about once a second on an H200).  So each is timed behind ``warm_ms`` of itself, and
+    all take turns in an order that is drawn anew in every round: in any fixed order somebody meets the slow moments
+    more often than the others.
     """
-    n = len(names)
-    zigzag = [0, *(place for i in range(1, n // 2 + 1) for place in (i, n - i))][:n]
-    orders = [[names[(place + shift) % n] for place in zigzag] for shift in range(n)]
-    return orders if n % 2 == 0 else orders + [order[::-1] for order in orders]
+    captured = {name: _Captured(call, inputs) for name, call in calls.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name in orders.sample(list(calls), len(calls)):
+            one = captured[name]
+            one.replay(math.ceil(warm_ms / one.ms))
+            replays = max(2, math.ceil(timed_ms / one.ms))
+            ms = _elapsed_ms(lambda one=one, replays=replays: one.replay(replays))
+            times[name].append(1e3 * ms / replays / len(inputs))
+    for one in captured.values():
+        one.graph.reset()
+    return times
 
 
-def stream_us(call: Callable[[Any], Any], inputs: Sequence[Any], rounds: int = 2) -> float:
+def stream_us(call: Call, inputs: Sequence[Any], rounds: int = 2) -> float:
     """us per call without a graph, Python and launch time included.  For work that cannot be captured."""
     call(inputs[0])
     torch.cuda.synchronize()
