@@ -127,6 +127,8 @@ def musts_table(cells: list[dict[str, Any]]) -> list[str]:
 def summary_table(cells: list[dict[str, Any]], roofline: bool) -> list[str]:
     loop = all("hf_eager" in c["us"] for c in cells)
     invariant = all("ours_batch_invariant" in c["us"] for c in cells)
+    compiled = all("hf_compiled" in c["us"] for c in cells)
+    lists = all("ours_per_expert" in c["us"] for c in cells)
 
     def row(name: str, chosen: list[dict[str, Any]]) -> list[str]:
         best = [over_best(c) for c in chosen]
@@ -134,17 +136,18 @@ def summary_table(cells: list[dict[str, Any]], roofline: bool) -> list[str]:
             name,
             f"{geomean(best):.2f}x",
             f"{min(best):.2f}x",
-            f"{geomean(map(over('hf_compiled'), chosen)):.2f}x",
+            *([f"{geomean(map(over('hf_compiled'), chosen)):.2f}x"] if compiled else []),
             *([f"{geomean(map(over('hf_eager'), chosen)):.1f}x"] if loop else []),
             *([f"{geomean(c['roofline_fraction'] for c in chosen):.2f}"] if roofline else []),
-            f"{geomean(map(over('ours_per_expert'), chosen)):.3f}",
+            *([f"{geomean(map(over('ours_per_expert'), chosen)):.3f}"] if lists else []),
             *([f"{geomean(map(over('ours_batch_invariant'), chosen)):.3f}"] if invariant else []),
         ]
 
     rows = [row(str(T), [c for c in cells if c["T"] == T]) for T in sorted({c["T"] for c in cells})]
-    header = ["T", "vs best peer", "worst shape", "vs HF compiled"]
+    header = ["T", "vs best peer", "worst shape", *(["vs HF compiled"] if compiled else [])]
     header += ["vs HF eager loop"] if loop else []
-    header += [*(["of roofline"] if roofline else []), "list / stacked time"]
+    header += ["of roofline"] if roofline else []
+    header += ["list / stacked time"] if lists else []
     header += ["batch-invariant / default time"] if invariant else []
     return table(header, [*rows, row("all", cells)])
 
@@ -178,7 +181,7 @@ def render(run: dict[str, Any]) -> list[str]:
         f" {', '.join(slower) or 'nowhere'}. Outside the accuracy rule: {', '.join(rejected) or 'none'}.",
         "",
     ]
-    if len(peers) > 1:
+    if all(name in cells[0]["us"] for name in ("hf_compiled", "triton_kernels", "vllm")):
         lines += [
             "The goals, which are meant for an H200 (time of the other / time of ours):",
             "",

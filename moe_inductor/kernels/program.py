@@ -1,7 +1,6 @@
 """A program: the launches of one call as a generated function, for other tensors of the same kind.
 
-The inputs' facts are compared one by one and not looked up in a table: making and hashing a key of them takes as long
-as two launches.
+The inputs' facts are compared one by one.  Making, hashing and looking up a key of them takes longer than that.
 """
 
 from __future__ import annotations
