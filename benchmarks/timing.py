@@ -28,8 +28,8 @@ class _Captured:
         with torch.cuda.graph(self.graph):
             # Alive, so that no result shares memory with the next.
             self.kept = [call(one) for one in inputs]
-        self.ms = _elapsed_ms(self.graph.replay)
-        self.ms = _elapsed_ms(self.graph.replay)
+        _elapsed_ms(self.graph.replay)
+        self.ms = max(_elapsed_ms(self.graph.replay), 1e-3)
 
     def replay(self, times: int) -> None:
         for _ in range(times):
@@ -39,7 +39,7 @@ class _Captured:
 def graph_us(call: Call, inputs: Sequence[Any], budget_ms: float = 150.0) -> float:
     """us per call.  All inputs run in one CUDA graph; 7 to 40 replays, as the budget allows."""
     captured = _Captured(call, inputs)
-    replays = int(min(40, max(7, budget_ms / max(captured.ms, 1e-3))))
+    replays = int(min(40, max(7, budget_ms / captured.ms)))
     times = [_elapsed_ms(captured.graph.replay) for _ in range(replays)]
     captured.graph.reset()
     return 1e3 * statistics.median(times) / len(inputs)
@@ -55,10 +55,10 @@ def rounds_us(
 ) -> dict[str, list[float]]:
     """us per call of several contestants in each of many short rounds, of which the median is to be taken.
 
-    At its power limit a card's clock goes by what ran in the last tens of milliseconds, and falls by 10 to 30 % for a
-    moment again and again (seen about once a second on an H200).  So each is timed behind ``warm_ms`` of itself, and
-    all take turns in an order that is drawn anew in every round: in any fixed order somebody meets the slow moments
-    more often than the others.
+    At its power limit a card's clock goes by what ran in the last tens of milliseconds, and falls for a moment again
+    and again (on an H200 about once a second, by 5 to 50 %).  So each is timed behind ``warm_ms`` of itself, and all
+    take turns in an order that is drawn anew in every round: in any fixed order somebody meets the slow moments more
+    often than the others.
     """
     captured = {name: _Captured(call, inputs) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}

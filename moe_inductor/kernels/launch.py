@@ -82,7 +82,8 @@ class Programs:
     """Programs by what they do; one is written the second time that its facts come up."""
 
     def __init__(self, limit: int = 1024) -> None:
-        # By what a call does and the shape of its first input, which has the number of tokens.
+        # By what a call does, and the shape and strides of its first input, which differ most between calls: a list is
+        # gone through.
         self._programs: dict[Hashable, list[Program]] = {}
         # By all facts: has a program been written, or can none be?
         self._seen: dict[Hashable, bool] = {}
@@ -109,7 +110,9 @@ class Programs:
         what: everything beside the facts of ``inputs`` that the launches depend on.
         inputs: the tensors on the current device that the launches may read; None where one is absent, not the first.
         """
-        key = (what, inputs[0].shape)  # type: ignore[union-attr]
+        first = inputs[0]
+        assert first is not None
+        key = (what, first.shape, first.stride())
         programs = self._programs.get(key)
         if programs is not None and not _hooked():
             for program in programs:

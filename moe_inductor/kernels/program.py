@@ -53,6 +53,7 @@ class Program:
         scratch: Sequence[torch.Tensor],
         steps: Sequence[Step],
     ) -> None:
+        self.compiled = [step.compiled for step in steps]  # a kernel is unloaded with its object
         text = _Text()
         text.compare(inputs)
         text.allocate(results, scratch)
@@ -168,7 +169,7 @@ class _Text:
     def _code(self, value: Any) -> str:
         if isinstance(value, _Code):
             return value.text
-        if isinstance(value, tuple):
+        if type(value) is tuple:
             return f"({''.join(f'{self._code(one)}, ' for one in value)})"
         return self._constant(value)
 

@@ -414,6 +414,39 @@ def test_facts_of_the_routing_make_another_program(log):
     assert kinds(log) == {"repeated"}
 
 
+def test_facts_of_lists_make_another_program(log):
+    """With few and with many tokens, where the step between experts is a descriptor's."""
+    for T in (1, 2000):
+        cuda._PROGRAMS.clear()
+        for how in ({}, {"gap": 128}, {"gap": 8}, {"unaligned": [3]}) * 3:
+            log.clear()
+            cuda.fused_moe(*block(unstack(draw(T=T), **how)))
+        assert len(cuda._PROGRAMS) >= 2
+        assert kinds(log) == {"repeated"}
+
+
+def test_what_each_projection_is_made_of():
+    call = unstack(separate(draw()))
+    names = ("gate_up_proj", "up_proj", "down_proj")
+    biases = [[torch.randn(E, 4)] for _ in names]
+    experts = cuda._Experts.of(*(call[name] for name in names), *biases)
+    for name, (bias,), made in zip(names, biases, experts.projections(False), strict=True):
+        assert made.base.data_ptr() == min(tensor.data_ptr() for tensor in call[name])
+        assert torch.equal(made.bias, bias)
+        assert made.from_table
+        assert (made.out_features, made.in_features) == call[name][0].shape
+
+
+def test_strides_that_change_do_not_make_calls_slow(log):
+    """Programs of one kind are gone through one after another, so there are few of a kind."""
+    for width in range(H, H + 40, 8):
+        for _ in range(2):
+            x = torch.randn(3, width).bfloat16()[:, :H]
+            cuda.fused_experts(**draw() | {"hidden_states": x})
+    assert len(cuda._PROGRAMS) == 5
+    assert [len(some) for some in cuda._PROGRAMS._programs.values()] == [1] * 5
+
+
 def test_facts_of_the_experts_make_another_program(log):
     options = ({}, {"batch_invariant": True}, {"weight_on_input": True}, {"interleaved": True})
     for facts in (*options, {"activation": "gelu"}, {"out_dtype": torch.float32}) * 2:

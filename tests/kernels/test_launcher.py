@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 import triton
 from triton.backends.nvidia.driver import CudaLauncher
 
-from moe_inductor.kernels.launcher import call_of
+from moe_inductor.kernels.launcher import READ, call_of
 
 
 @pytest.fixture(autouse=True)
@@ -49,17 +49,8 @@ def test_the_call_is_the_launchers():
     assert call != arguments(stream, address)  # it is not the launcher itself that is called
 
 
-@pytest.mark.parametrize("size", ["global_scratch_size", "profile_scratch_size"])
-def test_one_that_allocates_is_called_itself(size):
-    one = launcher([], **{size: 16})
-    given = arguments(object(), object())
-    assert call_of(one, given) == (one, given)
-
-
 class Keeps:
-    """Unlike Triton's: an argument is taken, or looked at, or given twice."""
-
-    global_scratch_size = profile_scratch_size = 0
+    """Does not hand on what it is given, or not once."""
 
     def __init__(self, how):
         self.how = how
@@ -70,8 +61,6 @@ class Keeps:
     def __call__(self, *given):
         if self.how == "takes one":
             self.launch(*given[:-1])
-        elif self.how == "looks":
-            self.launch(given[0] + given[3])
         elif self.how == "twice":
             self.launch(*given)
             self.launch(*given)
@@ -81,16 +70,29 @@ class Keeps:
             self.launch("more", *given)
 
 
-@pytest.mark.parametrize("size", ["global_scratch_size", "profile_scratch_size"])
-def test_what_may_allocate_is_called_itself(size):
-    one = Keeps("hands on")
+@pytest.mark.parametrize("more", ["global_scratch_size", "profile_scratch_size", "gsan_enabled"])
+def test_one_that_does_more_is_called_itself(more):
     given = arguments(object(), object())
+    one = Keeps("hands on")
     assert call_of(one, given) != (one, given)
-    setattr(one, size, 16)
+    setattr(one, more, 16)
     assert call_of(one, given) == (one, given)
 
 
-@pytest.mark.parametrize("how", ["takes one", "looks", "twice", "other order", "nothing"])
+def test_one_that_nobody_has_read_is_called_itself(monkeypatch):
+    given = arguments(object(), object())
+    one = Keeps("hands on")
+    assert call_of(one, given) != (one, given)
+    monkeypatch.setattr(triton, "__version__", "4.0.0")
+    assert call_of(one, given) == (one, given)
+
+
+def test_the_installed_one_was_read():
+    """Read ``CudaLauncher.__call__`` before a version is added to READ."""
+    assert ".".join(triton.__version__.split(".")[:2]) in READ
+
+
+@pytest.mark.parametrize("how", ["takes one", "twice", "other order", "nothing"])
 def test_one_that_is_unlike_those_we_know_is_called_itself(how):
     one = Keeps(how)
     given = arguments(object(), object())
