@@ -89,7 +89,6 @@ from torch._inductor.pattern_matcher import (
     Match,
     MatchContext,
     PatternExpr,
-    PatternMatcherPass,
     fx_to_pattern,
     register_graph_pattern,
 )

@@ -18,8 +18,7 @@ from torch import fx
 from moe_inductor._compat import (
     Match,
     OpOverload,
-    PatternMatcherPass,
-    register_graph_pattern,
+    PatternExpr,
     size_expr,
 )
 from moe_inductor.description import Combine, Experts, MoE
@@ -66,7 +65,7 @@ def propose(
             if pieces is None or (shapes, pieces.text) in tried:
                 continue
             tried.add((shapes, pieces.text))
-            found, failed = attempt.run(find_all(canonical.module, pieces.upper))
+            found, failed = attempt.run(find_all(canonical.graph, pieces.upper))
             refused += failed
             if found:
                 yield found
@@ -304,17 +303,15 @@ def _reads(given: Any, base: Any) -> bool:
     return False
 
 
-def find_all(module: fx.GraphModule, pattern: Any) -> list[Match]:
-    """Every place where ``pattern`` matches, in graph order."""
-    hits: dict[fx.Node, Match] = {}
-    patterns = PatternMatcherPass(pass_name="moe_inductor")
+def find_all(graph: fx.Graph, pattern: PatternExpr) -> list[Match]:
+    """Every place where ``pattern`` matches, in graph order.
 
-    def collect(match: Match, *args: Any, **kwargs: Any) -> None:
-        hits[match.output_node()] = match
-
-    register_graph_pattern(pattern, pass_dict=patterns)(collect)  # type: ignore[arg-type]
-    patterns.apply(module)
-    return [hits[n] for n in module.graph.nodes if n in hits]
+    Not by a PatternMatcherPass, which spends most of its time on what a normal form has none of: changes in place,
+    and nodes that Inductor cannot lower.
+    """
+    targets = pattern.fns_set  # type: ignore[attr-defined]
+    found = (pattern.match(n) for n in graph.nodes if n.target in targets)
+    return [match for match in found if match]
 
 
 def _op_name(node: fx.Node) -> str:
