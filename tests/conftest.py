@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import Any
 
@@ -14,13 +15,17 @@ os.environ.setdefault("MOE_INDUCTOR_RAISE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Thousands of tests are kept, none of which is ever garbage: to look through them again and again took a sixth of the
+# time.
+gc.set_threshold(100_000, 50, 1000)
+
 # These run in a process of their own, started by kernels/test_interpreter.py: the interpreter is chosen at import.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") else ["kernels/interpreter"]
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """The tests of one spelling's constants on one worker, so that its samples are compiled there alone.
+    """The tests of one spelling on one worker, so that its patterns are made there alone, its samples compiled once.
 
     By their names: xdist 3.8 tells groups by a suffix that it cannot give to the tests of pytest 9.2.
     """
@@ -31,6 +36,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file, _, test = nodeid.partition("::")
-            return test.partition("[")[2] if file.endswith("patterns/test_constants.py") else nodeid
+            spelling = test.partition("[")[2].rstrip("]").partition("-")[0]
+            return spelling if "tests/patterns/" in file and spelling else nodeid
 
     return Scheduling(config, log)

@@ -12,7 +12,7 @@ from moe_inductor.patterns.expert_loop import InModules, Loop, SumInFloat, Token
 from moe_inductor.patterns.hf_batched_mm import Batched
 
 from tests.oracle import assert_within_fp64_rule
-from tests.patterns.test_patterns import T, _floats, _step
+from tests.patterns.samples import T, floats, step
 
 
 class Around(torch.nn.Module):
@@ -98,9 +98,9 @@ def _check(build, rewritten, around, dtype=torch.float32):
     module = Around(block) if around else block
     compiled = rewritten(module)
     with torch.autocast("cpu", torch.bfloat16, enabled=not around):
-        eager = _step(module, module, x)
-        ours = _step(compiled, module, x)
-    truth = _step(exact, exact, x.double())
+        eager = step(module, module, x)
+        ours = step(compiled, module, x)
+    truth = step(exact, exact, x.double())
     (report,) = compiled.blocks
     assert report.fused, report.why_not()
     for i, triple in enumerate(zip(ours, eager, truth, strict=True)):
@@ -155,7 +155,7 @@ def test_experts_that_mix_autocast_are_refused(rewritten):
     block, _, x = _blocks_and_inputs(ExpertsInFloat)
     compiled = rewritten(block)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        ours, eager = _floats(compiled(x)), _floats(block(x))
+        ours, eager = floats(compiled(x)), floats(block(x))
     (report,) = compiled.blocks
     assert not report.fused
     assert report.reason.code.name in ("SPELLING", "DTYPE"), report.reason

@@ -24,7 +24,7 @@ from moe_inductor.match.api import ExpertsSpelling, HitListSpelling, RouterSpell
 from moe_inductor.region.nodes import mutated, storages
 from moe_inductor.rewrite import pipeline
 from tests.patterns.conftest import require
-from tests.patterns.test_patterns import _step
+from tests.patterns.samples import step
 
 SPELLINGS = discover()
 _FIRST = [s for s in SPELLINGS if isinstance(s, (ExpertsSpelling, HitListSpelling))]
@@ -187,7 +187,7 @@ def _build(sample):
 def _results(run, module, x, training) -> list[torch.Tensor]:
     """The outputs, and in training the gradients of x and of every parameter."""
     if training:
-        return _step(run, module, x)
+        return step(run, module, x)
     with torch.no_grad():
         made = run(x)
     return list(made) if isinstance(made, tuple) else [made]
