@@ -75,7 +75,7 @@ class NearMiss:
 class Sample:
     """A program in this spelling that must be fused.  build makes the module; it is called with ``x [T, 32]``.
 
-    brief: differs from another sample in nothing that has to do with shapes; no test of dynamic ones is needed.
+    brief: differs from another sample in nothing that has to do with shapes; a training step is test enough.
     """
 
     name: str

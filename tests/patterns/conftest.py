@@ -38,6 +38,13 @@ def require(spelling: Spelling) -> None:
             pytest.skip(f"{spelling.defined_in} has no {spelling.anchor}")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def every_shape_is_new():
+    """To keep what fake tensors came of an operator takes longer than to ask it again, where no two tests are alike."""
+    with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+        yield
+
+
 @pytest.fixture
 def rewritten(monkeypatch: pytest.MonkeyPatch) -> type[Rewritten]:
     monkeypatch.setenv("MOE_INDUCTOR_RAISE", "1")

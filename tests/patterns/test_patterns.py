@@ -6,6 +6,7 @@ Nothing here names a pattern.  A new file in patterns/ is tested because it is t
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 import zlib
 from collections import Counter
@@ -37,8 +38,7 @@ SAMPLES = [
     )
     for s in SPELLINGS
     for sample in s.samples
-    for dtype, training, dynamic in ways(sample)
-    if training or dynamic  # test_constants.py looks into the others, and checks them
+    for dtype, training, dynamic in itertools.islice(ways(sample), 1, None)
 ]
 NEAR_MISSES = [
     pytest.param(s, miss, id=f"{s.name}-{miss.name}") for s in SPELLINGS for miss in s.near_misses
