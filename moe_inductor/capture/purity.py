@@ -250,6 +250,8 @@ def branch_region(tx: Any, truth: bool, location: str, test: Any, size: Any = No
     arm, skipped, loops = arms
     joins = code.same_returns(code.after_jumps(skipped))
     body = code.reachable(arm, stop=loops | joins)
+    if code.index[id(test)] in body:
+        raise Impure("the test is that of a while statement")  # each answer would lead to the next
     exits = {s for i in body for s in code.jumps[i]} - body
     if not exits or not exits <= joins:
         raise Impure("the other branch does something")

@@ -390,3 +390,10 @@ PYTHON = [
 @pytest.mark.parametrize("body", PYTHON, ids=lambda body: body.__name__)
 def test_python_sees_it(body: Any) -> None:
     compile_and_compare(body)
+
+
+def test_a_while_statement_is_no_if() -> None:
+    """Each answer would only lead to the next test, until Python's stack is full."""
+    backend = compile_and_compare(while_some_are_left)
+    why = "the test is that of a while statement: `while left > 0:`"
+    assert any(why in reason.message for reason in backend.reasons)
