@@ -33,6 +33,8 @@ def _patch_lang_once(fn):
     if any(modules <= done for done in _patched):
         return None  # only a launch uses what is returned
     scope = _patch_lang(fn)
+    if not hasattr(scope, "restore"):
+        return scope  # another Triton's
     restore = scope.restore
 
     def restored():
