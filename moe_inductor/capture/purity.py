@@ -173,20 +173,22 @@ class Region:
         self.closed = not inside and (self.header is None or coming != self.header)
 
 
-def watch(region: Region, give_up: Callable[[Region, Impure], None]) -> None:
-    """Have the region checked after every instruction of its frame until it is closed.
+@dataclasses.dataclass(eq=False)
+class _CheckedStep:
+    """``step`` of the region's translator, and a look at the region after it."""
 
-    An attribute of this one translator: other frames, and other backends, run undisturbed.
-    """
-    tx, step = region.tx, region.tx.step
+    region: Region
+    step: Callable[[], Any]
+    give_up: Callable[[Region, Impure], None]
 
-    def checked_step() -> Any:
+    def __call__(self) -> Any:
+        region, tx = self.region, self.region.tx
         was_running = id(tx.instructions[tx.instruction_pointer]) in region.body
         try:
-            result = step()
+            result = self.step()
         except _compat.dynamo_exc.ObservedException:
             if was_running:
-                give_up(region, Impure("an exception leaves it"))
+                self.give_up(region, Impure("an exception leaves it"))
             raise
         if not region.closed:
             try:
@@ -194,10 +196,19 @@ def watch(region: Region, give_up: Callable[[Region, Impure], None]) -> None:
                 if region.closed:
                     region.on_close()
             except Impure as impure:
-                give_up(region, impure)
+                self.give_up(region, impure)
+        # A loop has one for every expert, and Python's stack is only so deep.
+        while isinstance(tx.step, _CheckedStep) and tx.step.region.closed:
+            tx.step = tx.step.step
         return result
 
-    tx.step = checked_step
+
+def watch(region: Region, give_up: Callable[[Region, Impure], None]) -> None:
+    """Have the region checked after every instruction of its frame until it is closed.
+
+    An attribute of this one translator: other frames, and other backends, run undisturbed.
+    """
+    region.tx.step = _CheckedStep(region, region.tx.step, give_up)
     for value in region.older.values():
         if isinstance(getattr(value, "inline_tracer", None), _compat.InstructionTranslatorBase):
             _watch_generator(value.inline_tracer, region, give_up)

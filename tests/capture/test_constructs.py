@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from moe_inductor.capture import purity
 from moe_inductor.capture.assumptions import Kept, Length, NonEmpty, Tested, Visited
 from tests.capture.fake_backend import installed
 from tests.capture.models import Block, E, H, K
@@ -174,6 +175,24 @@ def test_of_a_number(body: Any) -> None:
     backend = whole(body)
     assert [type(a) for a in backend.assumptions] == [NonEmpty] * E
     assert all(len(a.passes) == 1 for a in backend.assumptions)
+
+
+def test_what_watches_a_region_goes_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop over hundreds of experts has a region for each, and Python's stack is only so deep."""
+    open_at_once: list[int] = []
+    watch = purity.watch
+
+    def counted(region: Any, give_up: Any) -> None:
+        watch(region, give_up)
+        step = region.tx.step
+        open_at_once.append(0)
+        while isinstance(step, purity._CheckedStep):
+            open_at_once[-1] += 1
+            step = step.step
+
+    monkeypatch.setattr(purity, "watch", counted)
+    compile_and_compare(functional_any)
+    assert open_at_once == [1] * E
 
 
 def test_what_a_branch_hands_on_is_in_its_pass() -> None:
