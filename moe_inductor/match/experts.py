@@ -311,7 +311,7 @@ def find_all(graph: fx.Graph, pattern: PatternExpr) -> list[Match]:
     """
     targets = pattern.fns_set  # type: ignore[attr-defined]
     found = (pattern.match(n) for n in graph.nodes if n.target in targets)
-    return [match for match in found if match]
+    return [match for match in found if isinstance(match, Match)]
 
 
 def _op_name(node: fx.Node) -> str:
